@@ -1,0 +1,133 @@
+"""Plug-in registry: names to objects, by kind, lazily.
+
+Three ways in, one way out:
+
+* built-ins are listed in `_BUILTIN` as ``"module:attribute"`` and imported on first use;
+* `register(kind, name)` decorates an object of the user's own;
+* an installed package announces entry points in the group ``alignment.<kind>``.
+
+`get(kind, name)` is the way out. A name that two different objects claim is an error when either
+is looked up, and an unknown name is answered with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeVar, get_args
+
+from alignment.types import UserInputError
+
+Kind = Literal["trainer", "engine", "reward", "source", "task", "report"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+T = TypeVar("T")
+
+_BUILTIN: dict[str, dict[str, str]] = {
+    "trainer": {
+        "sft": "alignment.trainers.sft:SFTTrainer",
+        "grpo": "alignment.trainers.grpo:GRPOTrainer",
+        "rlvr": "alignment.trainers.grpo:GRPOTrainer",
+    },
+    "engine": {
+        "native": "alignment.rollout.native:NativeEngine",
+        "hf": "alignment.rollout.hf:HFEngine",
+        "paged": "alignment.rollout.paged:PagedEngine",
+    },
+    "reward": {},
+    "source": {},
+    "task": {},
+    "report": {},
+}
+
+_registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: Kind, name: str) -> Callable[[T], T]:
+    """Decorator: make an object available as `name` among the plug-ins of `kind`.
+
+    Raises:
+        UserInputError: the name is taken by another object.
+    """
+
+    def decorate(obj: T) -> T:
+        taken = name in _registered[kind] or name in _builtin(kind) or name in _entry_points(kind)
+        if taken and _registered[kind].get(name) is not obj:
+            raise UserInputError(
+                f"the {kind} name {name!r} is already taken; register {obj!r} under another name"
+            )
+        _registered[kind][name] = obj
+        return obj
+
+    return decorate
+
+
+def get(kind: Kind, name: str) -> Any:
+    """The object registered as `name`; imports it if that has not happened yet.
+
+    Raises:
+        UserInputError: unknown name (with the nearest known one), a name claimed twice, or a
+            plug-in that fails to import (with its own error).
+    """
+    if name in _registered[kind]:
+        return _registered[kind][name]
+    claims = [_builtin(kind)[name]] if name in _builtin(kind) else []
+    claims += _entry_points(kind).get(name, [])
+    if not claims:
+        raise UserInputError(unknown_name(kind, name, names(kind)))
+    if len(set(claims)) > 1:
+        raise UserInputError(
+            f"the {kind} name {name!r} is claimed twice, by {' and '.join(sorted(set(claims)))}; "
+            "uninstall or rename one"
+        )
+    return _load(kind, name, claims[0])
+
+
+def names(kind: Kind) -> list[str]:
+    """All names of a kind, sorted, without importing any of them."""
+    return sorted({*_registered[kind], *_builtin(kind), *_entry_points(kind)})
+
+
+def unknown_name(what: str, name: str, known: list[str]) -> str:
+    """The message for a name that does not exist: what it is close to, and what there is."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(known) or 'none'}."
+
+
+def load_target(target: str, what: str) -> Any:
+    """Import ``"module:attribute"``.
+
+    Raises:
+        UserInputError: the module or the attribute cannot be had, with the reason.
+    """
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserInputError(f"{what} {target!r} cannot be imported: {error!r}") from error
+    if not hasattr(module, attribute):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        near = difflib.get_close_matches(attribute, public, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserInputError(f"{what} {target!r}: {module_name} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def _load(kind: str, name: str, target: str) -> Any:
+    return load_target(target, f"{kind} {name!r}:")
+
+
+def _builtin(kind: str) -> dict[str, str]:
+    return _BUILTIN[kind]
+
+
+@cache
+def _entry_points(kind: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for point in entry_points(group=f"alignment.{kind}"):
+        found.setdefault(point.name, []).append(point.value)
+    return found
