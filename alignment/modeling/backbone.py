@@ -74,6 +74,39 @@ class Backbone:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def hidden_and_router_loss(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        real: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states and the load-balancing loss of a mixture of experts.
+
+        The loss is E * sum_e f_e P_e (Switch Transformer, eq. 4 to 6, f_e counting all k chosen
+        experts of a token) averaged over layers; `real` `[B, S]` leaves padding out.
+
+        Raises:
+            AlignmentError: the architecture has no router.
+        """
+        output = self.decoder(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_router_logits=True,
+        )
+        routers = getattr(output, "router_logits", None)
+        if not routers:
+            raise AlignmentError(
+                f"{self.config.model_type} has no expert router: set model.router_aux_coef to 0"
+            )
+        per_layer = [
+            _load_balancing_loss(layer.reshape(-1, layer.shape[-1])[real.flatten()], self.config)
+            for layer in routers
+        ]
+        return output.last_hidden_state, torch.stack(per_layer).mean()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., D]`, scaled as the architecture asks."""
         logits: Tensor = self.lm_head(hidden).float()
@@ -123,6 +156,15 @@ class Backbone:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill(
             ~allowed, low
         )
+
+
+def _load_balancing_loss(router_logits: Tensor, config: Any) -> Tensor:
+    """E * sum_e f_e P_e for one layer's router logits `[tokens, E]`."""
+    n_experts = router_logits.shape[-1]
+    probabilities = router_logits.float().softmax(dim=-1)
+    chosen = probabilities.topk(config.num_experts_per_tok, dim=-1).indices
+    share_routed = nn.functional.one_hot(chosen, n_experts).sum(dim=1).float().mean(dim=0)
+    return n_experts * (share_routed * probabilities.mean(dim=0)).sum()
 
 
 def _plain_reason(causal_lm: Any, config: Any) -> str | None:

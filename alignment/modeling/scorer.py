@@ -1,0 +1,215 @@
+"""The one scorer: samples in, completion-aligned `[B, T]` tensors out.
+
+Every method of the toolkit trains and scores through `score`. Hidden states are computed for all
+packed tokens; logits exist only for completion positions, a chunk at a time, and are recomputed in
+the backward pass, so no `[tokens, vocabulary]` tensor is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from alignment.modeling.backbone import Backbone
+from alignment.modeling.logits import transform_logits
+from alignment.modeling.packing import Packed, pack, pad
+from alignment.types import AlignmentError, Sample, SamplingParams
+
+# Completion positions whose logits exist at the same time: 256 x 49,152 fp32 logits are 50 MB.
+CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the scorer knows of `B` samples, aligned to completions (`T` = the longest).
+
+    logprobs:  fp32 `[B, T]`, log p(completion token), 0 outside the completion.
+    mask:      bool `[B, T]`, the samples' loss masks: True = counts.
+    entropies: fp32 `[B, T]` in nats, or None where not asked for.
+    greedy:    bool `[B, T]`, True where the token is the most likely one; None if not asked for.
+    full_kl:   fp32 `[B, T]`, KL(policy || reference) over the vocabulary; None if not asked for.
+    aux_loss:  the router's load-balancing loss of a mixture of experts (scalar), else None.
+    n_tokens:  tokens computed, shared prompts once, padding included.
+    """
+
+    logprobs: Tensor
+    mask: Tensor
+    entropies: Tensor | None
+    greedy: Tensor | None
+    full_kl: Tensor | None
+    aux_loss: Tensor | None
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PredictingStates:
+    """Hidden states `[M, D]` that predict completion tokens, with the backbone to read them."""
+
+    backbone: Backbone
+    hidden: Tensor
+
+
+def score(
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    *,
+    sampling: SamplingParams | None = None,
+    entropy: bool = False,
+    greedy: bool = False,
+    reference: PredictingStates | None = None,
+    router_loss: bool = False,
+) -> Scores:
+    """Score samples in one forward pass (the caller splits by `plan_micro_batches`).
+
+    Args:
+        backbone: the model to score with. Gradients flow if they are enabled.
+        samples: `B` samples; equal prompts are computed once.
+        sampling: the transforms the completions were sampled under (temperature, top-k, top-p,
+            min-p); log-probabilities are those of the transformed distribution. None: of the
+            model's own. Entropies and `full_kl` are of the tempered distribution.
+        entropy, greedy: whether to compute these too. The entropy carries no gradient unless
+            the caller asks for it by `entropy=True` under enabled gradients.
+        reference: the reference's predicting states of the same samples (`predicting_states`),
+            to compute the full KL against.
+        router_loss: whether to compute a mixture of experts' load-balancing loss.
+    """
+    packed = _lay_out(backbone, samples)
+    hidden, aux = _hidden(backbone, packed, router_loss)
+    states = hidden.flatten(0, 1)[packed.source]
+    columns = _read_head(backbone, states, packed.target_ids, sampling, entropy, greedy, reference)
+    shape = (len(samples), max(len(s.completion_ids) for s in samples))
+
+    def place(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        empty = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        return empty.index_put((packed.rows, packed.cols), values)
+
+    logprobs = place(columns.logprobs)
+    assert logprobs is not None
+    return Scores(
+        logprobs=logprobs,
+        mask=completion_tensor([s.loss_mask for s in samples], torch.bool, logprobs.device),
+        entropies=place(columns.entropies),
+        greedy=place(columns.greedy),
+        full_kl=place(columns.full_kl),
+        aux_loss=aux,
+        n_tokens=packed.n_tokens,
+    )
+
+
+def predicting_states(backbone: Backbone, samples: Sequence[Sample]) -> PredictingStates:
+    """Only the hidden states that predict the completions, in the order `score` reads them."""
+    packed = _lay_out(backbone, samples)
+    hidden, _ = _hidden(backbone, packed, router_loss=False)
+    return PredictingStates(backbone, hidden.flatten(0, 1)[packed.source])
+
+
+def completion_tensor(
+    rows: Sequence[Sequence[float | bool]], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Right-pad ragged rows with zero (False) into `[B, T]`."""
+    out = torch.zeros(len(rows), max(len(row) for row in rows), dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=dtype)
+    return out.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    logprobs: Tensor
+    entropies: Tensor | None
+    greedy: Tensor | None
+    full_kl: Tensor | None
+
+
+def _lay_out(backbone: Backbone, samples: Sequence[Sample]) -> Packed:
+    make = pack if backbone.plain_reason is None else pad
+    return make(samples, device=backbone.device)
+
+
+def _hidden(backbone: Backbone, packed: Packed, router_loss: bool) -> tuple[Tensor, Tensor | None]:
+    """Hidden states `[R, L, D]`, and the router loss where asked for."""
+    mask: Tensor | dict[str, Tensor]
+    if packed.allowed is None:
+        mask = packed.real.long()
+    else:
+        mask = backbone.masks(packed.allowed, packed.position_ids, packed.position_ids)
+    if router_loss:
+        return backbone.hidden_and_router_loss(
+            packed.input_ids, packed.position_ids, mask, packed.real
+        )
+    return backbone.hidden(packed.input_ids, packed.position_ids, mask), None
+
+
+def _read_head(
+    backbone: Backbone,
+    states: Tensor,
+    targets: Tensor,
+    sampling: SamplingParams | None,
+    entropy: bool,
+    greedy: bool,
+    reference: PredictingStates | None,
+) -> _Columns:
+    """Logits of `states` `[M, D]`, `CHUNK` rows at a time, and what is read off them, `[M]`."""
+
+    def read(chunk: Tensor, target: Tensor, reference_chunk: Tensor | None) -> tuple[Tensor, ...]:
+        logits = _tempered(backbone.logits(chunk), sampling)
+        log_normalizer = logits.logsumexp(dim=-1)
+        chosen = logits.gather(-1, target[:, None]).squeeze(-1)
+        out = [chosen - log_normalizer]
+        if entropy:
+            out.append(_entropy(logits, log_normalizer))
+        if reference_chunk is not None and reference is not None:
+            with torch.no_grad():
+                reference_logits = _tempered(reference.backbone.logits(reference_chunk), sampling)
+            out.append(_full_kl(logits, log_normalizer, reference_logits.to(logits.device)))
+        if greedy:
+            out.append((chosen >= logits.amax(dim=-1)).detach())
+        return tuple(out)
+
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(states), CHUNK):
+        piece = slice(start, start + CHUNK)
+        reference_chunk = None if reference is None else reference.hidden[piece]
+        if torch.is_grad_enabled():
+            out = checkpoint(
+                read, states[piece], targets[piece], reference_chunk, use_reentrant=False
+            )
+        else:
+            out = read(states[piece], targets[piece], reference_chunk)
+        parts.append(out)
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    logprobs = columns.pop(0)
+    return _Columns(
+        logprobs=logprobs,
+        entropies=columns.pop(0) if entropy else None,
+        full_kl=columns.pop(0) if reference is not None else None,
+        greedy=columns.pop(0) if greedy else None,
+    )
+
+
+def _tempered(logits: Tensor, sampling: SamplingParams | None) -> Tensor:
+    if logits.dtype != torch.float32:
+        raise AlignmentError(f"log-softmax of {logits.dtype} logits: scoring is done in float32")
+    if sampling is None:
+        return logits
+    return transform_logits(logits, sampling)
+
+
+def _entropy(logits: Tensor, log_normalizer: Tensor) -> Tensor:
+    """Entropy in nats; tokens outside the support (logit -inf) contribute nothing."""
+    probabilities = (logits - log_normalizer[:, None]).exp()
+    expected = (probabilities * logits.masked_fill(logits == -torch.inf, 0.0)).sum(dim=-1)
+    return log_normalizer - expected
+
+
+def _full_kl(logits: Tensor, log_normalizer: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(policy || reference) = sum_v p(v) (log p(v) - log q(v)), in nats."""
+    log_p = logits - log_normalizer[:, None]
+    log_q = reference_logits.log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

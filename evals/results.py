@@ -1,0 +1,140 @@
+"""What an evaluation leaves behind: one record per graded completion, and their summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignment.types import AlignmentError, Outcome, StopReason, UserInputError
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRecord:
+    """One completion and its grade.
+
+    problem_id:  the problem it answers; equal ids across models are the same problem.
+    reward:      the weighted sum of the rewards, or None where a grader failed. Tasks that grade
+                 nothing store their own number per problem (see the task).
+    n_tokens:    completion tokens, stop token included.
+    stop_reason: None where nothing was sampled.
+    """
+
+    problem_id: int | str
+    sample_index: int
+    outcome: Outcome
+    reward: float | None
+    prompt_text: str
+    completion_text: str
+    n_tokens: int
+    stop_reason: StopReason | None
+
+    def __post_init__(self) -> None:
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise AlignmentError(
+                f"problem {self.problem_id!r}, sample {self.sample_index}: the reward is "
+                f"{self.reward}; a reward must return a finite number or report a failure"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Everything one task found out about one model.
+
+    metrics:   finite numbers by name; a metric that is undefined here is absent.
+    intervals: 95% intervals (low, high) of some of the metrics.
+    """
+
+    task: str
+    records: tuple[EvalRecord, ...]
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def save(self, path: Path | str) -> None:
+        """Write `path`.jsonl (records) and `path`.json (summary), each atomically.
+
+        The summary comes last and holds the hash of the records, so that a pair torn by a crash
+        is noticed. A suffix .json or .jsonl on `path` is ignored.
+        """
+        stem = _stem(path)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(
+            json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+            for record in self.records
+        ).encode("utf-8", "backslashreplace")
+        summary = {
+            "task": self.task,
+            "metrics": dict(self.metrics),
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "records": len(self.records),
+            "records_sha256": hashlib.sha256(lines).hexdigest(),
+        }
+        write_atomically(stem.with_name(stem.name + ".jsonl"), lines)
+        write_atomically(
+            stem.with_name(stem.name + ".json"),
+            (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode(),
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> EvalResult:
+        """Read what `save(path)` wrote.
+
+        Raises:
+            UserInputError: a file is missing, is not one of ours, or the two do not belong
+                together.
+        """
+        stem = _stem(path)
+        try:
+            summary = json.loads(stem.with_name(stem.name + ".json").read_bytes())
+            lines = stem.with_name(stem.name + ".jsonl").read_bytes()
+            if hashlib.sha256(lines).hexdigest() != summary["records_sha256"]:
+                raise UserInputError(
+                    f"{stem}: the records do not match their summary, as after an interrupted "
+                    "write; run the evaluation again"
+                )
+            return cls(
+                task=summary["task"],
+                records=tuple(_record(json.loads(line)) for line in lines.split(b"\n") if line),
+                metrics={name: float(value) for name, value in summary["metrics"].items()},
+                intervals={name: (ends[0], ends[1]) for name, ends in summary["intervals"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserInputError(
+                f"{stem}.json and .jsonl are not a readable evaluation: {error!r}; run it again"
+            ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _record(row: Mapping[str, Any]) -> EvalRecord:
+    reason = row["stop_reason"]
+    return EvalRecord(
+        **{
+            **row,
+            "outcome": Outcome(row["outcome"]),
+            "stop_reason": None if reason is None else StopReason(reason),
+        }
+    )
+
+
+def _stem(path: Path | str) -> Path:
+    # Not Path.with_suffix: a name such as "model-1.5b" has a dot that is no suffix.
+    given = Path(path)
+    return given.with_suffix("") if given.suffix in (".json", ".jsonl") else given

@@ -1,0 +1,209 @@
+"""The scorer against an independent one: transformers' own forward, one unpadded row at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCAB, tiny_model
+from torch import Tensor
+
+from alignment.modeling.backbone import Backbone
+from alignment.modeling.packing import plan_micro_batches
+from alignment.modeling.policy import packing_fault
+from alignment.modeling.scorer import predicting_states, score
+from alignment.types import AlignmentError, Sample, SamplingParams
+
+
+def random_samples(n_prompts: int = 3, group: int = 3, seed: int = 0) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB, (n,), generator=generator).tolist())
+
+    samples = []
+    for p in range(n_prompts):
+        prompt = tokens(4 + 5 * p)
+        for g in range(group):
+            completion = tokens(1 + 4 * g + p)
+            samples.append(Sample(prompt, completion, (True,) * len(completion)))
+    return samples
+
+
+def plain_logprobs(model, sample: Sample) -> Tensor:
+    """log p of each completion token from `model(input_ids).logits` of the one row."""
+    ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+    logprobs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, :-1]
+    chosen = logprobs.gather(-1, ids[0, 1:, None]).squeeze(-1)
+    return chosen[len(sample.prompt_ids) - 1 :]
+
+
+def gradients(model) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["default", "eager"])
+def test_i25_packed_equals_one_by_one_in_values_and_gradients(family: str, attention: str) -> None:
+    model = tiny_model(family)
+    if attention == "eager":
+        if model.config._attn_implementation == "eager":
+            pytest.skip("eager is this family's default")
+        model.set_attn_implementation("eager")
+    samples = random_samples()
+    weights = torch.randn(len(samples), max(len(s.completion_ids) for s in samples))
+    backbone = Backbone(model)
+    assert backbone.plain_reason is None and packing_fault(backbone) is None
+
+    scores = score(backbone, samples)
+    (scores.logprobs * weights).sum().backward()
+    packed_gradients = gradients(model)
+
+    expected = [plain_logprobs(model, s) for s in samples]
+    sum((e * weights[i, : len(e)]).sum() for i, e in enumerate(expected)).backward()
+    plain_gradients = gradients(model)
+
+    for i, row in enumerate(expected):
+        torch.testing.assert_close(scores.logprobs[i, : len(row)], row, atol=1e-5, rtol=0)
+        assert not scores.logprobs[i, len(row) :].any()
+    assert packed_gradients.keys() == plain_gradients.keys()
+    scale = max(float(g.abs().max()) for g in plain_gradients.values())
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(
+            packed_gradients[name], gradient, atol=1e-5 * max(scale, 1.0), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_micro_batches_and_padded_rows_give_the_same(family: str) -> None:
+    model = tiny_model(family)
+    samples = random_samples()
+    whole = score(Backbone(model), samples)
+    plain = Backbone(model)
+    plain.plain_reason = "test"
+    torch.testing.assert_close(score(plain, samples).logprobs, whole.logprobs, atol=1e-5, rtol=0)
+    for budget in (1, 20, 50, 10_000):
+        plan = plan_micro_batches(samples, budget)
+        assert sorted(i for batch in plan for i in batch) == list(range(len(samples)))
+        for batch in plan:
+            part = score(Backbone(model), [samples[i] for i in batch])
+            for row, i in enumerate(batch):
+                n = len(samples[i].completion_ids)
+                torch.testing.assert_close(
+                    part.logprobs[row, :n], whole.logprobs[i, :n], atol=1e-5, rtol=0
+                )
+
+
+def test_shared_prompts_are_computed_once() -> None:
+    model = tiny_model()
+    prompt = tuple(range(3, 43))
+    samples = [Sample(prompt, (5, 6, 7), (True,) * 3) for _ in range(8)]
+    assert score(Backbone(model), samples).n_tokens <= 512
+    tokens = len(prompt) + 8 * 2
+    assert plan_micro_batches(samples, tokens) == [list(range(8))]
+    assert len(plan_micro_batches(samples, tokens, share_prompts=False)) > 1
+
+
+def test_i39_planted_token_logprob_is_at_its_own_place() -> None:
+    """A model whose next token is always (token + 1): only the successor has log-probability 0."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.model.norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight.copy_(torch.eye(VOCAB, 32))
+        head = torch.zeros(VOCAB, 32)
+        for v in range(31):
+            head[v + 1, v] = 50.0
+        model.lm_head.weight.copy_(head)
+    sample = Sample((3, 4), (5, 6, 9, 10), (True,) * 4)
+    logprobs = score(Backbone(model), [sample]).logprobs[0]
+    assert logprobs[0] > -1e-6 and logprobs[1] > -1e-6 and logprobs[3] > -1e-6
+    assert logprobs[2] < -100
+
+
+def test_i10_temperature_and_entropy_follow_the_closed_form() -> None:
+    model = tiny_model()
+    sample = random_samples(1, 1)[0]
+    sampling = SamplingParams(max_new_tokens=8, temperature=0.6)
+    scores = score(Backbone(model), [sample], sampling=sampling, entropy=True, greedy=True)
+    ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1].double()
+    tempered = (logits / 0.6).log_softmax(-1)
+    target = torch.tensor(sample.completion_ids)
+    torch.testing.assert_close(
+        scores.logprobs[0].double(), tempered.gather(-1, target[:, None])[:, 0], atol=1e-5, rtol=0
+    )
+    entropy = -(tempered.exp() * tempered).sum(-1)
+    torch.testing.assert_close(scores.entropies[0].double(), entropy, atol=1e-5, rtol=0)
+    assert scores.greedy[0].tolist() == (logits.argmax(-1) == target).tolist()
+
+
+def test_full_kl_equals_the_sum_over_the_vocabulary() -> None:
+    policy, reference = tiny_model(seed=0), tiny_model(seed=1)
+    samples = random_samples(2, 2)
+    states = predicting_states(Backbone(reference), samples)
+    kl = score(Backbone(policy), samples, reference=states).full_kl
+    for i, sample in enumerate(samples):
+        ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+        p, q = (
+            m(input_ids=ids, use_cache=False)
+            .logits[0, len(sample.prompt_ids) - 1 : -1]
+            .double()
+            .log_softmax(-1)
+            for m in (policy, reference)
+        )
+        expected = (p.exp() * (p - q)).sum(-1)
+        torch.testing.assert_close(kl[i, : len(expected)].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_i24_log_softmax_is_float32_in_a_bfloat16_model() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    samples = random_samples(1, 2)
+    scores = score(Backbone(model), samples)
+    assert scores.logprobs.dtype == torch.float32
+    hidden = predicting_states(Backbone(model), samples).hidden
+    logits = torch.nn.functional.linear(hidden, model.lm_head.weight).float()
+    targets = torch.tensor([t for s in samples for t in s.completion_ids])
+    expected = logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    got = torch.cat([scores.logprobs[i, : len(s.completion_ids)] for i, s in enumerate(samples)])
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_i25_a_model_that_ignores_the_mask_falls_back_to_plain_rows() -> None:
+    model = tiny_model()
+    backbone = Backbone(model)
+    backbone.masks = lambda allowed, q, k: None  # type: ignore[method-assign]
+    assert "see each other" in (packing_fault(backbone) or "")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_router_loss_equals_transformers(family: str) -> None:
+    model = tiny_model(family)
+    sample = random_samples(1, 1)[0]
+    loss = score(Backbone(model), [sample], router_loss=True).aux_loss
+    ids = torch.tensor([sample.prompt_ids + sample.completion_ids[:-1]])
+    out = model(input_ids=ids, output_router_logits=True, use_cache=False)
+    # transformers concatenates the layers before averaging; with one row per layer of equal
+    # length that is the loss of the pooled statistics, so compare layer by layer.
+    expected = []
+    for layer in out.router_logits:
+        p = layer.reshape(-1, layer.shape[-1]).double().softmax(-1)
+        top = p.topk(2, -1).indices
+        f = torch.stack([(top == e).any(-1).double().mean() for e in range(p.shape[-1])])
+        expected.append(p.shape[-1] * (f * p.mean(0)).sum())
+    assert loss.item() == pytest.approx(float(sum(expected) / len(expected)), abs=1e-5)
+
+
+def test_dense_model_has_no_router_loss() -> None:
+    with pytest.raises(AlignmentError, match="router_aux_coef"):
+        score(Backbone(tiny_model()), random_samples(1, 1), router_loss=True)
+
+
+def test_empty_prompt_and_completion_are_refused() -> None:
+    backbone = Backbone(tiny_model())
+    with pytest.raises(AlignmentError, match="sample 0 has an empty prompt"):
+        score(backbone, [Sample((), (3,), (True,))])
+    with pytest.raises(AlignmentError, match="sample 0 has an empty completion"):
+        score(backbone, [Sample((3,), (), ())])
