@@ -54,8 +54,10 @@ def register(kind: Kind, name: str) -> Callable[[T], T]:
     """
 
     def decorate(obj: T) -> T:
-        taken = name in _registered[kind] or name in _builtin(kind) or name in _entry_points(kind)
-        if taken and _registered[kind].get(name) is not obj:
+        # A module may both be announced as an entry point and register what it announces.
+        own = f"{getattr(obj, '__module__', '')}:{getattr(obj, '__qualname__', '')}"
+        others = {_builtin(kind).get(name, own), *_entry_points(kind).get(name, [])} - {own}
+        if others or _registered[kind].get(name, obj) is not obj:
             raise UserInputError(
                 f"the {kind} name {name!r} is already taken; register {obj!r} under another name"
             )
@@ -72,8 +74,18 @@ def get(kind: Kind, name: str) -> Any:
         UserInputError: unknown name (with the nearest known one), a name claimed twice, or a
             plug-in that fails to import (with its own error).
     """
+    target = find(kind, name)
+    return _registered[kind][name] if target is None else load_target(target, f"{kind} {name!r}:")
+
+
+def find(kind: Kind, name: str) -> str | None:
+    """The "module:attribute" that `name` stands for, not imported; None for a registered object.
+
+    Raises:
+        UserInputError: unknown name (with the nearest known one), or a name claimed twice.
+    """
     if name in _registered[kind]:
-        return _registered[kind][name]
+        return None
     claims = [_builtin(kind)[name]] if name in _builtin(kind) else []
     claims += _entry_points(kind).get(name, [])
     if not claims:
@@ -83,7 +95,7 @@ def get(kind: Kind, name: str) -> Any:
             f"the {kind} name {name!r} is claimed twice, by {' and '.join(sorted(set(claims)))}; "
             "uninstall or rename one"
         )
-    return _load(kind, name, claims[0])
+    return claims[0]
 
 
 def names(kind: Kind) -> list[str]:
@@ -105,20 +117,20 @@ def load_target(target: str, what: str) -> Any:
         UserInputError: the module or the attribute cannot be had, with the reason.
     """
     module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise UserInputError(f"{what} {target!r} is not of the form 'module:attribute'")
     try:
-        module = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module_name)
     except Exception as error:
         raise UserInputError(f"{what} {target!r} cannot be imported: {error!r}") from error
-    if not hasattr(module, attribute):
-        public = [name for name in vars(module) if not name.startswith("_")]
-        near = difflib.get_close_matches(attribute, public, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserInputError(f"{what} {target!r}: {module_name} has no {attribute!r}{hint}")
-    return getattr(module, attribute)
-
-
-def _load(kind: str, name: str, target: str) -> Any:
-    return load_target(target, f"{kind} {name!r}:")
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [name for name in dir(found) if not name.startswith("_")]
+            near = difflib.get_close_matches(part, public, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserInputError(f"{what} {target!r}: {module_name} has no {part!r}{hint}")
+        found = getattr(found, part)
+    return found
 
 
 def _builtin(kind: str) -> dict[str, str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from alignment.runs.files import write_atomic
 from alignment.types import UserInputError
-from evals.results import EvalRecord, EvalResult, write_atomically
+from evals.results import EvalRecord, EvalResult
 from evals.statistics import holm, paired_difference
 from evals.summary import FAILURES, Value, by_problem, correctness
 
@@ -58,7 +59,7 @@ class Comparison:
     def save(self, path: Path | str) -> None:
         """Write one JSON file, atomically."""
         data = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(Path(path), data.encode())
+        write_atomic(path, data)
 
     @classmethod
     def load(cls, path: Path | str) -> Comparison:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignment.runs.files import write_atomic
 from alignment.types import AlignmentError, Outcome, StopReason, UserInputError
 
 
@@ -74,8 +74,8 @@ class EvalResult:
             "records": len(self.records),
             "records_sha256": hashlib.sha256(lines).hexdigest(),
         }
-        write_atomically(stem.with_name(stem.name + ".jsonl"), lines)
-        write_atomically(
+        write_atomic(stem.with_name(stem.name + ".jsonl"), lines)
+        write_atomic(
             stem.with_name(stem.name + ".json"),
             (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode(),
         )
@@ -107,20 +107,6 @@ class EvalResult:
             raise UserInputError(
                 f"{stem}.json and .jsonl are not a readable evaluation: {error!r}; run it again"
             ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _record(row: Mapping[str, Any]) -> EvalRecord:

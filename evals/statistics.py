@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -78,12 +78,9 @@ def wilson_interval(share: float, n: float, critical: float) -> tuple[float, flo
         critical: the quantile c, 1.96 for 95%.
     """
     square = critical**2 / n
-    half = critical * float(np.sqrt(share * (1 - share) / n + square / (4 * n)))
-    low, high = (
-        (share + square / 2 - half) / (1 + square),
-        (share + square / 2 + half) / (1 + square),
-    )
-    return max(low, 0.0), min(high, 1.0)
+    half = critical * float(np.sqrt(share * (1 - share) / n + square / (4 * n))) / (1 + square)
+    middle = (share + square / 2) / (1 + square)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def proportion_estimate(shares: npt.ArrayLike, *, draws: int, confidence: float = 0.95) -> Estimate:
@@ -105,7 +102,7 @@ def proportion_estimate(shares: npt.ArrayLike, *, draws: int, confidence: float 
     if n_problems == 0:
         return Estimate(np.nan, np.nan, np.nan, 0, "no problems")
     mean = float(per_problem.mean())
-    normal = float(stats.norm.ppf(0.5 + confidence / 2))
+    normal = _normal_quantile(confidence)
     if draws == n_problems:
         low, high = wilson_interval(mean, n_problems, normal)
         return Estimate(mean, low, high, n_problems, "Wilson")
@@ -115,7 +112,7 @@ def proportion_estimate(shares: npt.ArrayLike, *, draws: int, confidence: float 
     variance = float(per_problem.var(ddof=1)) / n_problems
     spread = mean * (1 - mean)
     effective = spread / variance if variance * draws > spread else float(draws)
-    critical = float(stats.t.ppf(0.5 + confidence / 2, n_problems - 1))
+    critical = _t_quantile(confidence, n_problems - 1)
     low, high = wilson_interval(mean, effective, critical)
     return Estimate(mean, low, high, n_problems, "Wilson, clustered by problem")
 
@@ -147,7 +144,7 @@ def ratio_estimate(
         return Estimate(ratio, np.nan, np.nan, n_clusters, "one problem: no interval")
     residuals = sums - ratio * sizes
     variance = n_clusters / (n_clusters - 1) * float(residuals @ residuals) / size**2
-    half = float(stats.t.ppf(0.5 + confidence / 2, n_clusters - 1)) * float(np.sqrt(variance))
+    half = _t_quantile(confidence, n_clusters - 1) * float(np.sqrt(variance))
     return Estimate(ratio, ratio - half, ratio + half, n_clusters, "Student's t over problems")
 
 
@@ -215,7 +212,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of a weighted mean, resampling problems.
 
-    The expanded percentile interval of Hesterberg (2015, section 3.3): quantiles at
+    The expanded percentile interval of Hesterberg (2015): quantiles at
     Phi(-+ sqrt(K/(K-1)) t_{K-1}), since plain percentiles are too narrow for few problems.
 
     Returns:
@@ -231,8 +228,8 @@ def bootstrap_interval(
     for rows in _chunks(resamples, n):
         picks = generator.integers(0, n, size=(rows, n))
         means.append((weight * data)[picks].sum(axis=1) / weight[picks].sum(axis=1))
-    critical = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * np.sqrt(n / (n - 1))
-    tail = float(stats.norm.cdf(-critical))
+    critical = _t_quantile(confidence, n - 1) * np.sqrt(n / (n - 1))
+    tail = float(special.ndtr(-critical))
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
 
@@ -247,7 +244,7 @@ def mcnemar_test(first_correct: npt.ArrayLike, second_correct: npt.ArrayLike) ->
     gained, lost = int(np.sum(~first & second)), int(np.sum(first & ~second))
     if gained + lost == 0:
         return 1.0
-    return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+    return min(1.0, 2.0 * float(special.bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
 def pass_at_k(n: npt.ArrayLike, correct: npt.ArrayLike, k: int) -> FloatArray:
@@ -283,6 +280,14 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted
+
+
+def _normal_quantile(confidence: float) -> float:
+    return float(special.ndtri(0.5 + confidence / 2))
+
+
+def _t_quantile(confidence: float, degrees: int) -> float:
+    return float(special.stdtrit(degrees, 0.5 + confidence / 2))
 
 
 def _vector(values: npt.ArrayLike) -> FloatArray:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from alignment.rollout.engine import RolloutEngine
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -26,6 +25,9 @@ from alignment.types import (
 from evals.results import EvalRecord, EvalResult
 from evals.statistics import ratio_estimate
 from evals.summary import summarize_graded
+
+if TYPE_CHECKING:  # a task's options are checked before torch is imported
+    from alignment.rollout.engine import RolloutEngine
 
 
 class TokenScores(Protocol):

@@ -40,8 +40,8 @@ def ppo_clip_loss(
                   meant for `reduce_loss(mode="sequence")`. A mean, so it does not grow with length.
 
     Two widths are those of DAPO (Yu et al. 2025, section 3.1). With `dual_clip` = c the loss of a
-    token with A < 0 is at most `-c A` (Ye et al. 2020, eq. 5), which bounds what one token that has
-    become much more likely can do.
+    token with A < 0 is at most `-c A` (dual-clip PPO, Ye et al. 2020), which bounds what one token
+    that has become much more likely can do.
 
     `old_logprobs` and `advantages` are constants: no gradient flows into them, so passing
     `logprobs` for both is the on-policy gradient. `|log r|` is limited to 20.
@@ -90,7 +90,7 @@ def cispo_loss(
     clip_high: float,
     clip_low: float | None = None,
 ) -> TokenLoss:
-    """REINFORCE with a clipped importance weight (CISPO, MiniMax-M1 2025, eq. 4), per token.
+    """REINFORCE with a clipped importance weight (CISPO, MiniMax-M1 2025, section 3.1), per token.
 
         loss = -stop_gradient(clamp(r, 1 - clip_low, 1 + clip_high)) A logprobs
 

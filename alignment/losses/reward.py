@@ -23,7 +23,7 @@ def bradley_terry_loss(
         loss = -(1 - e) log sigmoid(d) - e log sigmoid(-d) + center_coef (s_chosen + s_rejected)^2
 
     The margin is that of Llama 2 (Touvron et al. 2023, eq. 2). The last term keeps scores near
-    zero, which the likelihood alone leaves free (Eisenstein et al. 2023, section 2).
+    zero, which the likelihood alone leaves free (Eisenstein et al. 2023).
 
     Args:
         chosen_scores: `[B]`, the head at the last completion token.

@@ -72,6 +72,24 @@ class PolicyWithReference(nn.Module):
         return plan_micro_batches(samples, token_budget, share_prompts=shares)
 
     @torch.no_grad()
+    def score_all(
+        self,
+        samples: Sequence[Sample],
+        token_budget: int,
+        *,
+        of_reference: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[Scores, list[int]]]:
+        """Score without gradients, micro-batch by micro-batch: scores, and indices of the rows.
+
+        Args:
+            of_reference: score the reference instead of the policy.
+            options: as for `alignment.modeling.scorer.score`.
+        """
+        with self._reference_backbone() if of_reference else nullcontext(self.backbone) as backbone:
+            for batch in self.plan(samples, token_budget):
+                yield score(backbone, [samples[i] for i in batch], **options), batch
+
     def logprobs(
         self,
         samples: Sequence[Sample],
@@ -80,17 +98,13 @@ class PolicyWithReference(nn.Module):
         of_reference: bool = False,
         sampling: SamplingParams | None = None,
     ) -> list[Tensor]:
-        """Log-probabilities without gradients, one `[completion length]` tensor a sample.
-
-        Args:
-            of_reference: score the reference instead of the policy.
-        """
+        """Log-probabilities without gradients, one `[completion length]` tensor a sample."""
         out: list[Tensor] = [torch.empty(0)] * len(samples)
-        with self._reference_backbone() if of_reference else nullcontext(self.backbone) as backbone:
-            for batch in self.plan(samples, token_budget):
-                part = score(backbone, [samples[i] for i in batch], sampling=sampling)
-                for row, i in enumerate(batch):
-                    out[i] = part.logprobs[row, : len(samples[i].completion_ids)]
+        for scores, batch in self.score_all(
+            samples, token_budget, of_reference=of_reference, sampling=sampling
+        ):
+            for row, i in enumerate(batch):
+                out[i] = scores.logprobs[row, : len(samples[i].completion_ids)]
         return out
 
     def reference_states(self, samples: Sequence[Sample]) -> PredictingStates:

@@ -59,6 +59,7 @@ def score(
     *,
     sampling: SamplingParams | None = None,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     greedy: bool = False,
     reference: PredictingStates | None = None,
     router_loss: bool = False,
@@ -71,8 +72,8 @@ def score(
         sampling: the transforms the completions were sampled under (temperature, top-k, top-p,
             min-p); log-probabilities are those of the transformed distribution. None: of the
             model's own. Entropies and `full_kl` are of the tempered distribution.
-        entropy, greedy: whether to compute these too. The entropy carries no gradient unless
-            the caller asks for it by `entropy=True` under enabled gradients.
+        entropy, greedy: whether to compute these too.
+        entropy_gradient: whether the entropies carry a gradient (an entropy bonus).
         reference: the reference's predicting states of the same samples (`predicting_states`),
             to compute the full KL against.
         router_loss: whether to compute a mixture of experts' load-balancing loss.
@@ -80,7 +81,13 @@ def score(
     packed = _lay_out(backbone, samples)
     hidden, aux = _hidden(backbone, packed, router_loss)
     states = hidden.flatten(0, 1)[packed.source]
-    columns = _read_head(backbone, states, packed.target_ids, sampling, entropy, greedy, reference)
+    columns = _read_head(
+        backbone,
+        states,
+        packed.target_ids,
+        _Wanted(sampling, entropy, entropy_gradient, greedy),
+        reference,
+    )
     shape = (len(samples), max(len(s.completion_ids) for s in samples))
 
     def place(values: Tensor | None) -> Tensor | None:
@@ -120,6 +127,14 @@ def completion_tensor(
 
 
 @dataclass(frozen=True, slots=True)
+class _Wanted:
+    sampling: SamplingParams | None
+    entropy: bool
+    entropy_gradient: bool
+    greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Columns:
     logprobs: Tensor
     entropies: Tensor | None
@@ -150,25 +165,26 @@ def _read_head(
     backbone: Backbone,
     states: Tensor,
     targets: Tensor,
-    sampling: SamplingParams | None,
-    entropy: bool,
-    greedy: bool,
+    want: _Wanted,
     reference: PredictingStates | None,
 ) -> _Columns:
     """Logits of `states` `[M, D]`, `CHUNK` rows at a time, and what is read off them, `[M]`."""
 
     def read(chunk: Tensor, target: Tensor, reference_chunk: Tensor | None) -> tuple[Tensor, ...]:
-        logits = _tempered(backbone.logits(chunk), sampling)
+        logits = _tempered(backbone.logits(chunk), want.sampling)
         log_normalizer = logits.logsumexp(dim=-1)
         chosen = logits.gather(-1, target[:, None]).squeeze(-1)
         out = [chosen - log_normalizer]
-        if entropy:
-            out.append(_entropy(logits, log_normalizer))
+        if want.entropy:
+            with torch.set_grad_enabled(want.entropy_gradient and torch.is_grad_enabled()):
+                out.append(_entropy(logits, log_normalizer))
         if reference_chunk is not None and reference is not None:
             with torch.no_grad():
-                reference_logits = _tempered(reference.backbone.logits(reference_chunk), sampling)
+                reference_logits = _tempered(
+                    reference.backbone.logits(reference_chunk), want.sampling
+                )
             out.append(_full_kl(logits, log_normalizer, reference_logits.to(logits.device)))
-        if greedy:
+        if want.greedy:
             out.append((chosen >= logits.amax(dim=-1)).detach())
         return tuple(out)
 
@@ -187,9 +203,9 @@ def _read_head(
     logprobs = columns.pop(0)
     return _Columns(
         logprobs=logprobs,
-        entropies=columns.pop(0) if entropy else None,
+        entropies=columns.pop(0) if want.entropy else None,
         full_kl=columns.pop(0) if reference is not None else None,
-        greedy=columns.pop(0) if greedy else None,
+        greedy=columns.pop(0) if want.greedy else None,
     )
 
 

@@ -1,0 +1,180 @@
+"""Rules between the sections of a recipe: combinations that could not work, each with a remedy.
+
+A rule is a function from a recipe to the problems it finds; `RULES` is the table of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic_core import InitErrorDetails
+
+from alignment.config.algorithms import GRPOConfig, SFTConfig
+from alignment.config.fields import Path, problem
+from alignment.config.options import resolve
+
+if TYPE_CHECKING:
+    from alignment.config.schema import PluginSection, Recipe
+
+Problems = Iterator[InitErrorDetails]
+
+
+def cross_checks(recipe: Recipe) -> list[InitErrorDetails]:
+    """All problems that concern more than one section."""
+    return [found for rule in RULES for found in rule(recipe)]
+
+
+def cautions(recipe: Recipe) -> list[str]:
+    """What can be run but is probably not meant, in words."""
+    found = []
+    algorithm = recipe.algorithm
+    if isinstance(algorithm, GRPOConfig):
+        kl = algorithm.kl
+        if kl.placement == "reward" and kl.estimator in ("k2", "k3"):
+            found.append(
+                f"algorithm.kl.estimator: {kl.estimator} in the reward does not give the gradient "
+                "of the KL divergence; k1 does"
+            )
+        if all(reward.weight == 0.0 for reward in recipe.rewards):
+            found.append("rewards: every weight is 0, so there is nothing to learn from")
+    if recipe.model.dtype != "float32" and recipe.model.master_dtype == "none":
+        found.append(
+            f"model.master_dtype: none with {recipe.model.dtype} weights loses updates smaller "
+            "than the weights' precision"
+        )
+    return found
+
+
+def _rl_has_its_sections(recipe: Recipe) -> Problems:
+    if not isinstance(recipe.algorithm, GRPOConfig):
+        return
+    name = recipe.algorithm.type
+    if recipe.rollout is None:
+        yield problem(
+            ("rollout",),
+            f"required by {name}, but missing; add rollout: {{max_new_tokens: 256}}",
+        )
+    if not recipe.rewards:
+        yield problem(
+            ("rewards",), f"required by {name}, but missing; add rewards: [{{type: ...}}]"
+        )
+
+
+def _sft_takes_no_rewards(recipe: Recipe) -> Problems:
+    if isinstance(recipe.algorithm, SFTConfig) and recipe.rewards:
+        yield problem(
+            ("rewards",),
+            "sft learns from completions, not from rewards; remove the section, or use grpo",
+        )
+
+
+def _names_are_unique(recipe: Recipe) -> Problems:
+    lists: list[tuple[Path, Sequence[PluginSection]]] = [
+        (("rewards",), recipe.rewards),
+        (("eval", "tasks"), recipe.eval.tasks),
+    ]
+    for path, items in lists:
+        names = [getattr(item, "name", None) or item.type for item in items]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield problem(
+                    (*path, index),
+                    f"the name {name!r} is taken by another of the list, and names their metrics; "
+                    "give this one a name: of its own",
+                )
+
+
+def _rl_samples_the_full_distribution(recipe: Recipe) -> Problems:
+    if not isinstance(recipe.algorithm, GRPOConfig) or recipe.rollout is None:
+        return
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    for key, value in off.items():
+        if getattr(recipe.rollout, key) != value:
+            yield problem(
+                ("rollout", key),
+                f"{recipe.algorithm.type} needs the full distribution: the ratio of a token the "
+                f"sampler cut off is not defined; set {key} to {value} and use temperature",
+            )
+    if recipe.rollout.temperature == 0.0:
+        yield problem(
+            ("rollout", "temperature"),
+            f"{recipe.algorithm.type} needs samples that differ; greedy decoding gives one answer. "
+            "Use 1.0",
+        )
+
+
+def _reference_is_there(recipe: Recipe) -> Problems:
+    mode = recipe.model.reference.mode
+    if not isinstance(recipe.algorithm, GRPOConfig):
+        return
+    if mode == "precomputed":
+        yield problem(
+            ("model", "reference"),
+            f"precomputed is for offline methods; {recipe.algorithm.type} samples new completions. "
+            "Use frozen_copy, or adapter_off with model.lora",
+        )
+    if mode == "none" and recipe.algorithm.kl.coef > 0.0:
+        yield problem(
+            ("algorithm", "kl", "coef"),
+            "a KL penalty needs a reference, and model.reference is none; use frozen_copy, or "
+            "adapter_off with model.lora, or set coef to 0",
+        )
+
+
+def _overlong_fits(recipe: Recipe) -> Problems:
+    algorithm, rollout = recipe.algorithm, recipe.rollout
+    if not isinstance(algorithm, GRPOConfig) or algorithm.overlong is None or rollout is None:
+        return
+    if algorithm.overlong.buffer >= rollout.max_new_tokens:
+        yield problem(
+            ("algorithm", "overlong", "buffer"),
+            f"{algorithm.overlong.buffer} tokens leave nothing of rollout.max_new_tokens "
+            f"({rollout.max_new_tokens}) unpenalized; use a smaller buffer",
+        )
+
+
+def _rlvr_has_a_verifier(recipe: Recipe) -> Problems:
+    if getattr(recipe.algorithm, "type", None) != "rlvr" or not recipe.rewards:
+        return
+    counting = [reward for reward in recipe.rewards if reward.weight != 0.0]
+    if not any(is_verifier(reward.type) for reward in counting):
+        yield problem(
+            ("rewards",),
+            "rlvr needs a verifier, a reward that tells right from wrong (is_verifier = True); "
+            "add one with a weight, or use type: grpo",
+        )
+
+
+def _warmup_ends(recipe: Recipe) -> Problems:
+    steps = getattr(recipe.algorithm, "steps", None)
+    if isinstance(steps, int) and recipe.optim.warmup_steps >= steps:
+        yield problem(
+            ("optim", "warmup_steps"),
+            f"the run has {steps} steps (algorithm.steps), so warm-up would never end; use fewer",
+        )
+
+
+def _evaluation_has_work(recipe: Recipe) -> Problems:
+    if recipe.eval.every > 0 and not recipe.eval.tasks:
+        yield problem(
+            ("eval", "every"), "there are no tasks to evaluate; list some under eval.tasks"
+        )
+
+
+RULES: tuple[Callable[[Recipe], Problems], ...] = (
+    _rl_has_its_sections,
+    _sft_takes_no_rewards,
+    _names_are_unique,
+    _rl_samples_the_full_distribution,
+    _reference_is_there,
+    _overlong_fits,
+    _rlvr_has_a_verifier,
+    _warmup_ends,
+    _evaluation_has_work,
+)
+
+
+def is_verifier(reward: str) -> bool:
+    """Whether a reward says of itself that it tells right from wrong."""
+    return bool(getattr(resolve("reward", reward), "is_verifier", False))

@@ -1,0 +1,210 @@
+"""The one loop: step, measure, record, evaluate, save. Every method goes through it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from alignment.runs.checkpoint import save_checkpoint
+from alignment.runs.directory import RunDirectory
+from alignment.runs.metrics import MetricSums, MetricsWriter
+from alignment.runs.progress import Progress, show_samples
+from alignment.runs.samples import SampleRecorder
+from alignment.trainers.context import StepResult, Trainer, TrainingContext
+from alignment.trainers.evaluation import Evaluator
+from alignment.types import AlignmentError, Rollout
+
+# What the progress line shows, where a step has measured it.
+SHOWN = {
+    "reward/mean": "reward",
+    "outcome/correct": "correct",
+    "sft/nll": "nll",
+    "sft/token_accuracy": "token accuracy",
+    "kl/mean": "kl",
+    "completion/length": "length",
+    "optim/grad_norm": "grad norm",
+}
+
+
+class Stopped(AlignmentError):
+    """The run was asked to stop (SIGINT, SIGTERM); the step was finished and saved."""
+
+
+@dataclass(slots=True)
+class Loop:
+    """Drives a trainer from step `start` to its last, writing the run directory on the way."""
+
+    trainer: Trainer
+    context: TrainingContext
+    directory: RunDirectory
+    evaluator: Evaluator
+    start: int = 0
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Stopped: a signal asked to stop; everything up to the last finished step is saved.
+        """
+        trainer, recipe = self.trainer, self.context.recipe
+        total = trainer.total_steps
+        writer = MetricsWriter(self.directory.metrics)
+        with _stop_requests() as stop, self._progress(total) as progress:
+            if self.start == 0 and recipe.eval.at_start:
+                self._write(writer, 0, self.evaluator.run(0))
+            for step in range(self.start + 1, total + 1):
+                began = time.monotonic()
+                result = trainer.step(step)
+                metrics = self._measure(result, began)
+                self._record(step, result)
+                if self._is_due(step, recipe.eval.every, total):
+                    metrics |= self.evaluator.run(step)
+                self._write(writer, step, metrics)
+                progress.update(step, metrics)
+                stopping = self._any_rank(stop)
+                if stopping or self._is_due(step, recipe.checkpoint.every, total):
+                    writer.sync()
+                    self._save(step)
+                if stopping and step < total:
+                    raise Stopped(
+                        f"stopped after step {step} of {total}, which is saved; to go on: "
+                        f"align train {self.directory.recipe}"
+                    )
+
+    def _progress(self, total: int) -> Any:
+        if self.context.distributed.is_main:
+            return Progress(total, SHOWN, start=self.start)
+        return _Quiet()
+
+    def _measure(self, result: StepResult, began: float) -> dict[str, float]:
+        """The step's metrics over all ranks."""
+        distributed = self.context.distributed
+        result.metrics.add("time/step_seconds", time.monotonic() - began)
+        merged = MetricSums()
+        for part in distributed.gather([result.metrics]):
+            merged.merge(part)
+        return merged.result()
+
+    def _record(self, step: int, result: StepResult) -> None:
+        """All ranks' samples, in one file."""
+        if result.rollout is None:
+            return
+        distributed = self.context.distributed
+        parts = distributed.gather([(result.rollout, result.advantages)])
+        if not distributed.is_main:
+            return
+        items = tuple(item for rollout, _ in parts for item in rollout.items)
+        advantages = [a for _, part in parts for a in part or ()]
+        rollout = Rollout(items, result.rollout.group_size, step)
+        if items:
+            SampleRecorder(self.directory.rollouts_dir).write(
+                rollout, advantages=advantages or None
+            )
+        if step == 1:
+            show_samples(rollout, 3)
+
+    def _write(self, writer: MetricsWriter, step: int, metrics: Mapping[str, float]) -> None:
+        if self.context.distributed.is_main:
+            writer.write(step, metrics)
+
+    def _save(self, step: int) -> None:
+        distributed = self.context.distributed
+        if distributed.is_main:
+            state = training_state(self.trainer, self.context, step)
+            path = save_checkpoint(
+                self.directory.checkpoints_dir,
+                step,
+                state,
+                keep=self.context.recipe.checkpoint.keep,
+            )
+            self.context.events.write("checkpoint", f"step {step}: saved {path.name}", step=step)
+        distributed.barrier()
+
+    def _is_due(self, step: int, every: int, total: int) -> bool:
+        return step == total or (every > 0 and step % every == 0)
+
+    def _any_rank(self, stop: list[int]) -> bool:
+        (asked,) = self.context.distributed.max([float(bool(stop))])
+        return asked > 0
+
+
+def training_state(trainer: Trainer, context: TrainingContext, step: int) -> dict[str, Any]:
+    """Everything a resumed run needs, as one tree."""
+    policy = context.policy
+    return {
+        "step": step,
+        "policy": {n: p.detach() for n, p in policy.model.named_parameters() if p.requires_grad},
+        "reference": policy.reference.state_dict() if policy.reference else {},
+        "optimizer": context.optimizer.state_dict(),
+        "trainer": trainer.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
+@torch.no_grad()
+def restore_state(trainer: Trainer, context: TrainingContext, state: Mapping[str, Any]) -> int:
+    """Put a saved state back, strictly.
+
+    Returns:
+        the step it was saved after.
+
+    Raises:
+        AlignmentError: the checkpoint is of other parameters.
+    """
+    parameters = {n: p for n, p in context.policy.model.named_parameters() if p.requires_grad}
+    if set(state["policy"]) != set(parameters):
+        differing = sorted(set(state["policy"]) ^ set(parameters))[:3]
+        raise AlignmentError(f"the checkpoint is of another policy: {differing} differ")
+    for name, parameter in parameters.items():
+        parameter.copy_(state["policy"][name])
+    if context.policy.reference is not None:
+        context.policy.reference.load_state_dict(state["reference"])
+    context.optimizer.load_state_dict(state["optimizer"])
+    trainer.load_state_dict(state["trainer"])
+    torch.set_rng_state(state["torch_rng"])
+    step: int = state["step"]
+    return step
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that a first SIGINT or SIGTERM is put into; a second one acts as usual."""
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.getsignal(number) for number in signals}
+
+        def note(number: int, _: FrameType | None) -> None:
+            received.append(number)
+            signal.signal(number, previous[number])
+
+        for number in signals:
+            signal.signal(number, note)
+    except ValueError:  # not the main thread: signals stay with whoever has it
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number in signals:
+            signal.signal(number, previous[number])
+
+
+class _Quiet:
+    """Progress on ranks that show none."""
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass

@@ -1,0 +1,151 @@
+"""One optimizer update: a gradient whole over micro-batches and ranks, then a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from alignment.config.schema import Recipe
+from alignment.distributed import Distributed
+from alignment.losses.types import Max, Mean, Metric
+from alignment.modeling.optimizer import MasterWeightOptimizer, learning_rate
+from alignment.modeling.policy import PolicyWithReference
+from alignment.modeling.scorer import Scores
+from alignment.runs.events import EventLog
+from alignment.runs.metrics import MetricSums
+from alignment.types import AlignmentError, Sample
+
+LossOf = Callable[[Scores, list[int]], Tensor]
+"""Scores of a micro-batch and the indices of its samples in, its share of the loss out."""
+
+
+class Updater:
+    """Makes optimizer updates and counts them.
+
+    Attributes:
+        policy_version: updates made so far.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyWithReference,
+        optimizer: MasterWeightOptimizer,
+        distributed: Distributed,
+        events: EventLog,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+    ) -> None:
+        self._policy = policy
+        self._optimizer = optimizer
+        self._distributed = distributed
+        self._events = events
+        self._optim = recipe.optim
+        self._router_aux_coef = recipe.model.router_aux_coef
+        self._nonfinite_limit = recipe.limits.nonfinite_steps
+        self._total_steps = total_steps
+        self._nonfinite_in_a_row = 0
+        self.policy_version = 0
+
+    def __call__(
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        loss_of: LossOf,
+        metrics: MetricSums,
+        score_options: Callable[[list[Sample]], dict[str, object]] = lambda _: {},
+    ) -> None:
+        """Accumulate `loss_of` over micro-batches of `samples`, and step.
+
+        A non-finite loss or gradient anywhere, on any rank, skips the update on all of them; a
+        gradient that reached the optimizer would spread to every weight through clipping.
+
+        Raises:
+            AlignmentError: too many skipped updates in a row.
+        """
+        local_loss = 0.0
+        with self._policy.updating():
+            for batch in self._policy.plan(samples, self._optim.micro_batch_tokens):
+                rows = [samples[i] for i in batch]
+                scores = self._policy(rows, **score_options(rows))
+                loss = loss_of(scores, batch)
+                if scores.aux_loss is not None:
+                    share = len(rows) / len(samples) / self._distributed.world_size
+                    loss = loss + self._router_aux_coef * share * scores.aux_loss
+                    metrics.add("router_loss", float(scores.aux_loss.detach()))
+                local_loss += float(loss.detach())
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+        self._distributed.sum_gradients(self._optimizer.gradients)
+        norm = self._optimizer.clip_(self._optim.max_grad_norm)
+        (loss_sum,) = self._distributed.sum([local_loss])
+        if math.isfinite(norm) and math.isfinite(loss_sum):
+            self._step(step, norm, loss_sum, metrics)
+        else:
+            self._skip(step, norm, loss_sum, metrics)
+
+    def _step(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
+        lr = learning_rate(
+            step - 1,
+            base=self._optim.lr,
+            schedule=self._optim.schedule,
+            warmup_steps=self._optim.warmup_steps,
+            total_steps=self._total_steps,
+            min_ratio=self._optim.min_lr_ratio,
+        )
+        self._optimizer.set_lr(lr)
+        moved = self._optimizer.step()
+        self.policy_version += 1
+        self._nonfinite_in_a_row = 0
+        if self._distributed.is_main:
+            metrics.add("loss", loss)
+            metrics.add("optim/grad_norm", norm)
+            metrics.add("optim/lr", lr)
+            metrics.add("optim/moved_share", moved)
+            metrics.add("optim/skipped_updates", 0.0)
+
+    def _skip(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
+        self._optimizer.drop_gradients()
+        self._nonfinite_in_a_row += 1
+        if self._distributed.is_main:
+            metrics.add("optim/skipped_updates", 1.0)
+        self._events.write(
+            "nonfinite",
+            f"step {step}: loss {loss}, gradient norm {norm}: the update was skipped",
+            step=step,
+        )
+        if self._nonfinite_in_a_row >= self._nonfinite_limit:
+            raise AlignmentError(
+                f"the loss or gradient was not finite in {self._nonfinite_in_a_row} updates in a "
+                f"row (loss {loss}, gradient norm {norm} at step {step}); the weights are those "
+                "of the last finite update. Lower optim.lr, or look at the step's samples"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "policy_version": self.policy_version,
+            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.policy_version = state["policy_version"]
+        self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
+
+
+def record(metrics: MetricSums, losses: Mapping[str, Metric], prefix: str = "") -> None:
+    """Take a loss's metrics into the step's sums."""
+    for name, metric in losses.items():
+        match metric:
+            case Mean():
+                metrics.add(prefix + name, float(metric.total), float(metric.count))
+            case Max():
+                metrics.add_max(prefix + name, float(metric.largest))
+
+
+def record_masked(metrics: MetricSums, name: str, values: Tensor, mask: Tensor) -> None:
+    """Take the masked mean of a `[B, T]` tensor into the step's sums."""
+    kept = torch.where(mask, values.detach().float(), 0.0)
+    metrics.add(name, float(kept.sum()), float(mask.sum()))
