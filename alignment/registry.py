@@ -38,7 +38,12 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "paged": "alignment.rollout.paged:PagedEngine",
     },
     "reward": {},
-    "source": {},
+    "source": {
+        "arithmetic": "alignment.data.arithmetic:arithmetic",
+        "file": "alignment.data.sources:file",
+        "hub": "alignment.data.sources:hub",
+        "reasoning_gym": "alignment.data.procedural:reasoning_gym",
+    },
     "task": {},
     "report": {},
 }

@@ -88,23 +88,28 @@ def eval_group(title: str, result: EvalResult) -> SampleGroup | None:
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> tuple[ShownSample, ...]:
-    """The two best, a median one, the two worst by reward, and up to two without a score."""
+    """The two best, a median one, the two worst by reward, and up to two without a score.
+
+    The pairs come from different problems where they can.
+    """
     scored = [row for row in rows if number(row.get("reward")) is not None]
     scored.sort(key=lambda row: (-float(row["reward"]), row.get("outcome") != Outcome.CORRECT))
     failed = [row for row in rows if number(row.get("reward")) is None]
     n = len(scored)
     ranks: dict[int, str] = {}
-    for rank, why in (
-        (0, "best"),
-        (n - 1, "worst"),
-        (1, "best"),
-        (n - 2, "worst"),
-        (n // 2, "median"),
-    ):
-        if 0 <= rank < n:
-            ranks.setdefault(rank, why)
+    for why, order in (("best", range(n)), ("worst", range(n - 1, -1, -1))):
+        for rank in _two_problems(scored, [rank for rank in order if rank not in ranks]):
+            ranks[rank] = why
+    if n:
+        ranks.setdefault(n // 2, "median")
     shown = [_shown(why, scored[rank]) for rank, why in sorted(ranks.items())]
     return (*shown, *(_shown("unscorable", row) for row in failed[:2]))
+
+
+def _two_problems(rows: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> list[int]:
+    """The first rank and the next one of another problem, or else just the next one."""
+    others = [r for r in ranks if rows[r].get("prompt_index") != rows[ranks[0]].get("prompt_index")]
+    return [*ranks[:1], *(others or ranks[1:])[:1]]
 
 
 def printable(text: object) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evals.rundata import EvalSummary, RunData, number
-from evals.svg import Series, line_chart
+from evals.svg import N_COLOURS, Series, line_chart
 
 Bounds = tuple[float | None, float | None]
 
@@ -33,26 +33,24 @@ class Chart:
 class _Curves:
     """One chart of training metrics: (metric name, legend) lines that share a unit.
 
+    A trainer may put a prefix of one word before a metric's name, as in `policy/entropy`.
+
     spread: a metric to add to and subtract from the first line for a band, if any.
+    rest:   also draw every metric of this prefix that no chart names.
     """
 
     title: str
     unit: str
     lines: tuple[tuple[str, str], ...]
     bounds: Bounds = (None, None)
-    spread: tuple[str, ...] = ()
-    spread_name: str = ""
+    spread: str = ""
+    rest: str = ""
 
 
 # In order of appearance. A chart is drawn from those of its lines that the run has.
 _CURVES: tuple[_Curves, ...] = (
-    _Curves(
-        "Reward",
-        "reward",
-        (("reward/mean", "mean"),),
-        spread=("reward/std",),
-        spread_name="one standard deviation over the samples of the step",
-    ),
+    _Curves("Reward", "reward", (("reward/mean", "mean"),), spread="reward/std_in_group"),
+    _Curves("Reward parts", "mean of each part", (), rest="reward/"),
     _Curves(
         "Outcomes in training",
         "share of samples",
@@ -65,8 +63,14 @@ _CURVES: tuple[_Curves, ...] = (
         ),
         SHARE,
     ),
-    _Curves("Loss", "loss", (("loss", "loss"), ("loss/total", "loss"))),
-    _Curves("Policy and value loss", "loss", (("loss/policy", "policy"), ("loss/value", "value"))),
+    _Curves("Loss", "loss", (("loss", "loss"),)),
+    _Curves("Negative log-likelihood", "nats per token", (("nll", "NLL"),), NON_NEGATIVE),
+    _Curves(
+        "Token accuracy in training",
+        "share of tokens",
+        (("token_accuracy", "token accuracy"),),
+        SHARE,
+    ),
     _Curves(
         "Pairs ranked as preferred",
         "share of pairs",
@@ -89,38 +93,38 @@ _CURVES: tuple[_Curves, ...] = (
         (("reward/chosen", "chosen"), ("reward/rejected", "rejected")),
     ),
     _Curves("KL to the reference", "nats per token", (("kl/mean", "mean KL"),)),
+    _Curves("Completion length", "tokens", (("completion/length", "mean"),), NON_NEGATIVE),
     _Curves(
-        "Completion length",
-        "tokens",
-        (("length/mean", "mean"), ("completion/length", "mean"), ("rollout/length", "mean")),
-        NON_NEGATIVE,
-    ),
-    _Curves(
-        "Cut off at the length limit",
+        "Completions cut off at the limit",
         "share of samples",
-        (("cut_off", "cut off"), ("rollout/cut_off", "cut off"), ("length/cut_off", "cut off")),
+        (("completion/cut_off", "cut off"),),
         SHARE,
     ),
+    _Curves("Entropy of the policy", "nats per token", (("entropy", "entropy"),), NON_NEGATIVE),
     _Curves(
-        "Entropy of the policy",
-        "nats per token",
-        (("entropy", "entropy"), ("entropy/mean", "entropy")),
-        NON_NEGATIVE,
+        "Gradient norm", "norm before clipping", (("grad_norm", "gradient norm"),), NON_NEGATIVE
     ),
-    _Curves(
-        "Gradient norm",
-        "norm before clipping",
-        (("grad_norm", "gradient norm"), ("optim/grad_norm", "gradient norm")),
-        NON_NEGATIVE,
-    ),
-    _Curves("Learning rate", "learning rate", (("lr", "rate"), ("optim/lr", "rate")), NON_NEGATIVE),
+    _Curves("Learning rate", "learning rate", (("lr", "rate"),), NON_NEGATIVE),
     _Curves(
         "Clipped tokens",
         "share of tokens",
         (("clip_fraction/low", "below"), ("clip_fraction/high", "above")),
         SHARE,
     ),
+    _Curves(
+        "Groups with differing rewards",
+        "share of groups",
+        (("groups/with_spread", "with spread"),),
+        SHARE,
+    ),
+    _Curves(
+        "Engine against trainer log-probabilities",
+        "nats per token",
+        (("engine/logprob_gap", "mean absolute gap"),),
+        NON_NEGATIVE,
+    ),
 )
+_NAMED = {name for curves in _CURVES for name, _ in curves.lines} | {c.spread for c in _CURVES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,37 +166,41 @@ class Charts:
 
 def run_charts(run: RunData) -> Charts:
     """All charts that the run's metrics and evaluations allow."""
-    drawn: set[str] = {"step", "nonfinite"}
+    left = {
+        name: None
+        for row in run.metrics
+        for name in row
+        if name not in ("step", "nonfinite") and not name.startswith("eval/")  # drawn from evals/
+    }
     main = list(_eval_charts(run.evals))
     for curves in _CURVES:
-        chart = _training_chart(run, curves, drawn)
+        chart = _training_chart(run, curves, left)
         if chart is not None:
             main.append(chart)
-    names = sorted({name for row in run.metrics for name in row} - drawn)
     other = [
         chart
-        for name in names
-        if (chart := _training_chart(run, _Curves(name, "value", ((name, name),)), drawn))
+        for name in sorted(left)
+        if (chart := _training_chart(run, _Curves(name, "value", ((name, name),)), left))
     ]
     return Charts(tuple(main), tuple(other[:MAX_OTHER]))
 
 
-def _training_chart(run: RunData, curves: _Curves, drawn: set[str]) -> Chart | None:
+def _training_chart(run: RunData, curves: _Curves, left: dict[str, None]) -> Chart | None:
+    """The chart of those metrics of `left` it names, which are taken out."""
     series: list[Series] = []
     notes: list[str] = []
-    for metric, legend in curves.lines:
+    for metric, legend in _lines(curves, left):
         # A step that has the metric without a number (it was NaN) leaves a gap in the line.
         rows = [row for row in run.metrics if metric in row]
-        taken = metric in drawn or legend in (one.name for one in series)
-        if taken or all(number(row[metric]) is None for row in rows):
+        left.pop(metric)
+        if legend in (one.name for one in series) or not any(_finite(r, metric) for r in rows):
             continue
-        drawn.add(metric)
-        spread = () if series else curves.spread
-        drawn.update(spread)
+        spread = "" if series else curves.spread
+        left.pop(spread, None)
         one = _averaged(legend, [_point(row, metric, spread) for row in rows])
         if one.low:
-            notes.append(f"The band is {curves.spread_name}.")
-        broken = [str(row["step"]) for row in rows if number(row[metric]) is None]
+            notes.append("The band is one standard deviation inside a group of samples.")
+        broken = [str(row["step"]) for row in rows if not _finite(row, metric)]
         if broken:
             more = ", ..." if len(broken) > 5 else ""
             notes.append(f"No finite {legend} at step {', '.join(broken[:5])}{more}.")
@@ -205,8 +213,29 @@ def _training_chart(run: RunData, curves: _Curves, drawn: set[str]) -> Chart | N
     return _chart(curves.title, curves.unit, series, curves.bounds, " ".join(notes))
 
 
-def _point(row: Mapping[str, Any], metric: str, spread: Sequence[str]) -> _Point:
-    value, width = number(row[metric]), number(row.get(spread[0])) if spread else None
+def _lines(curves: _Curves, left: Iterable[str]) -> list[tuple[str, str]]:
+    """The (metric, legend) lines of a chart that are among the metrics `left`."""
+    found = [
+        (metric, legend)
+        for name, legend in curves.lines
+        for metric in left
+        if metric == name or metric.partition("/")[2] == name
+    ]
+    if curves.rest:
+        found += [
+            (metric, metric.removeprefix(curves.rest))
+            for metric in left
+            if metric.startswith(curves.rest) and metric not in _NAMED
+        ]
+    return found[:N_COLOURS]
+
+
+def _finite(row: Mapping[str, Any], metric: str) -> bool:
+    return number(row[metric]) is not None
+
+
+def _point(row: Mapping[str, Any], metric: str, spread: str) -> _Point:
+    value, width = number(row[metric]), number(row.get(spread))
     if value is None or width is None:
         return _Point(float(row["step"]), value)
     return _Point(float(row["step"]), value, value - width, value + width)

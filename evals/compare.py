@@ -177,8 +177,10 @@ def table_rows(comparison: Comparison) -> tuple[list[list[str]], list[list[str]]
 
 
 def format_p(p_value: float) -> str:
-    """A p-value for people: two significant digits, never "0"."""
-    return "< 0.0001" if p_value < 1e-4 else f"{p_value:.2g}"
+    """A p-value for people: three decimals, four where it is small, never "0"."""
+    if p_value < 1e-4:
+        return "< 0.0001"
+    return f"{p_value:.4f}" if p_value < 1e-2 else f"{p_value:.3f}"
 
 
 def _common_metric(results: Mapping[str, EvalResult]) -> str:

@@ -9,22 +9,24 @@ from typing import Any
 
 from markupsafe import Markup
 
+from alignment.runs.expect import verify_run
 from alignment.runs.files import write_atomic
 from alignment.types import AlignmentError, UserInputError
 from evals.browser import SampleGroup, eval_group, printable, rollout_groups
 from evals.charts import Chart, Charts, run_charts
 from evals.compare import Comparison, compare, table_rows
+from evals.headline import Tile, facts, subtitle, tiles, utc_time
 from evals.html import interval_marks, render, style_sheet
 from evals.results import EvalResult
-from evals.rundata import EvalSummary, RunData, lookup, number, read_run
+from evals.rundata import EvalSummary, RunData, lookup, read_run
 
 MAX_EVENTS = 200
-ENDS = 5  # steps averaged at either end of the run for its headline numbers
 
-_ALARMS = ("error", "diagnosis", "warning")
+FINISHED = "finished"
+_ALARMS = ("error", "diagnosis", "warning", "nonfinite")
 # Words of the page that are shown in colour.
 _TONES = {
-    "finished": "good",
+    FINISHED: "good",
     "correct": "good",
     "met": "good",
     "wrong": "bad",
@@ -37,16 +39,8 @@ _TONES = {
     "unparseable": "warn",
     "warning": "warn",
     "diagnosis": "warn",
+    "nonfinite": "warn",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One headline number."""
-
-    label: str
-    value: str
-    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +141,17 @@ def run_view(path: Path, name: str) -> RunView:
             stages.append(run_view(folder, stage))
         except UserInputError as error:
             run.problems.append(str(error))
+    status = _status(run, stages)
     charts = _drawable(run_charts(run))
     alarms = [_event(row) for row in run.events if row.get("kind") in _ALARMS]
     comparisons = [_comparison_view(one) for one in _comparisons(run)]
     return RunView(
         name=name,
-        subtitle=_subtitle(run),
-        status=_status(run),
-        tiles=_tiles(run),
-        facts=_facts(run),
-        expectations=_expectations(run),
+        subtitle=subtitle(run),
+        status=status,
+        tiles=tiles(run),
+        facts=facts(run),
+        expectations=_expectations(run, status),
         alarms=alarms[-MAX_EVENTS:],
         alarms_left=max(0, len(alarms) - MAX_EVENTS),
         comparisons=comparisons,
@@ -201,8 +196,8 @@ def _comparison_view(comparison: Comparison) -> ComparisonView:
 
 def _comparisons(run: RunData) -> Iterable[Comparison]:
     """The pipeline's own comparison; else first against last evaluation of each task."""
-    if run.comparison is not None:
-        yield run.comparison
+    if run.comparisons:
+        yield from run.comparisons
         return
     for task in sorted({one.task for one in run.evals}):
         steps = [one for one in run.evals if one.task == task and one.step is not None]
@@ -216,9 +211,18 @@ def _comparisons(run: RunData) -> Iterable[Comparison]:
 
 
 def _last_evals(run: RunData) -> list[EvalSummary]:
-    """The final evaluation of each task, and all of a pipeline's."""
+    """The final evaluation of each task, and all of a pipeline's, in the order compared."""
     last = {one.task: one for one in run.evals if one.step is not None}
-    return [*last.values(), *(one for one in run.evals if one.step is None)]
+    models = [model.name for one in run.comparisons for model in one.models]
+    finals = [one for one in run.evals if one.step is None]
+    finals.sort(key=lambda one: (_place(one.path.stem, models), one.path.stem))
+    return [*last.values(), *finals]
+
+
+def _place(stem: str, models: Sequence[str]) -> int:
+    """Rank of a file called after a model, or after a model and a task."""
+    ranks = [i for i, name in enumerate(models) if stem == name or stem.startswith(f"{name}-")]
+    return ranks[0] if ranks else len(models)
 
 
 def _score_table(one: EvalSummary) -> ScoreTable:
@@ -245,124 +249,47 @@ def _groups(run: RunData) -> list[SampleGroup]:
     return groups
 
 
-def _status(run: RunData) -> str:
+def _status(run: RunData, stages: Sequence[RunView]) -> str:
     kinds = [row.get("kind") for row in run.events]
-    last = next(
-        (kind for kind in reversed(kinds) if kind in ("start", "resume", "end", "error")), ""
-    )
-    if last == "end":
-        return "finished"
-    if last == "error":
-        return "stopped by an error"
-    return "not finished, or still going"
+    last = next((k for k in reversed(kinds) if k in ("start", "resume", "end", "error")), "")
+    all_stages = bool(stages and run.comparisons) and all(s.status == FINISHED for s in stages)
+    if run.finished or last == "end" or (not run.events and all_stages):
+        return FINISHED
+    return "stopped by an error" if last == "error" else "not finished, or still going"
 
 
-def _subtitle(run: RunData) -> str:
-    kind = lookup(run.recipe, "algorithm.type")
-    words = [str(kind) if kind else ("pipeline" if run.stages else "run")]
-    model = lookup(run.recipe, "model.path")
-    if model:
-        words.append(str(model))
-    if run.metrics:
-        words.append(f"{len(run.metrics)} steps")
-    if run.stages:
-        words.append(f"{len(run.stages)} stages")
-    return " · ".join(words)
+def _expectations(run: RunData, status: str) -> list[Expectation]:
+    """The recipe's `expect`, checked against the metrics once the run is finished.
 
-
-def _facts(run: RunData) -> list[tuple[str, str]]:
-    versions = lookup(run.info, "versions")
-    listed = versions.items() if isinstance(versions, Mapping) else ()
-    parents = lookup(run.info, "parents")
-    last_event = run.events[-1] if run.events else {}
-    found = [
-        ("Started", lookup(run.info, "time")),
-        ("Last event", lookup(last_event, "time")),
-        ("Command", _command(lookup(run.info, "command"))),
-        ("Seed", lookup(run.info, "seed")),
-        ("Data", _one_line(lookup(run.recipe, "data"))),
-        ("Rewards", _one_line(lookup(run.recipe, "rewards"))),
-        ("Starts from", ", ".join(map(str, parents)) if isinstance(parents, list) else None),
-        ("Resumed", _times(lookup(run.info, "resumes"))),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in listed if version)),
-    ]
-    return [(label, printable(value)) for label, value in found if value not in (None, "")]
-
-
-def _times(resumes: Any) -> str | None:
-    return f"{len(resumes)} times" if isinstance(resumes, list) and resumes else None
-
-
-def _command(command: Any) -> str | None:
-    return " ".join(map(str, command)) if isinstance(command, list) else command
-
-
-def _one_line(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_one_line(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return "; ".join(str(_one_line(item)) for item in value)
-    return None if value is None else str(value)
-
-
-def _tiles(run: RunData) -> list[Tile]:
-    tiles = [*_eval_tiles(run)]
-    for metric, label in (
-        ("reward/mean", "Training reward"),
-        ("loss", "Training loss"),
-        ("reward/accuracy", "Pairs ranked as preferred"),
-        ("accuracy", "Pairs ranked as preferred"),
-        ("kl/mean", "KL to the reference, nats per token"),
-    ):
-        values = [v for row in run.metrics if (v := number(row.get(metric))) is not None]
-        # A policy-gradient loss says nothing by itself; where there is a reward, that is shown.
-        if values and not (metric == "loss" and "reward/mean" in run.metrics[-1]):
-            first, last = values[:ENDS], values[-ENDS:]
-            shown = f"{_mean(first):.3g} → {_mean(last):.3g}"
-            tiles.append(Tile(label, shown, f"mean of first and last {len(first)} steps"))
-    return tiles[:5]
-
-
-def _eval_tiles(run: RunData) -> Iterable[Tile]:
-    for task in sorted({one.task for one in run.evals}):
-        steps = [one for one in run.evals if one.task == task and one.step is not None]
-        for metric, label in (("accuracy", "accuracy"), ("perplexity", "perplexity")):
-            found = [one for one in steps if metric in one.metrics]
-            if not found:
-                continue
-            first, last = found[0], found[-1]
-            value = f"{last.metrics[metric]:.3g}"
-            if len(found) > 1:
-                value = f"{first.metrics[metric]:.3g} → {value}"
-            ends = last.intervals.get(metric)
-            interval = f", 95% interval {ends[0]:.3g} to {ends[1]:.3g}" if ends else ""
-            yield Tile(f"Held-out {label} ({task})", value, f"step {last.step}{interval}")
-
-
-def _expectations(run: RunData) -> list[Expectation]:
-    """The recipe's `expect` with the last `expect` event about each.
-
-    Such an event has the fields `expectation` (the text), `passed` (bool) and, in its message,
-    what was measured.
+    An event of kind `expect`, with the fields `expectation` (the text) and `passed`, overrides
+    the check, for runs whose expectations are not about metrics.jsonl.
     """
-    results = {str(e.get("expectation")): e for e in run.events if e.get("kind") == "expect"}
     listed = lookup(run.recipe, "expect")
     texts = [str(text) for text in listed] if isinstance(listed, list) else []
+    verdicts: dict[str, tuple[bool, str]] = {}
+    if texts and run.metrics and status == FINISHED:
+        try:
+            verdicts = {one.text: (one.passed, one.detail) for one in verify_run(run.path)}
+        except AlignmentError as error:
+            run.problems.append(f"expect: {error}")
+    for event in run.events:
+        if event.get("kind") == "expect":
+            passed, message = bool(event.get("passed")), str(event.get("message", ""))
+            verdicts[str(event.get("expectation"))] = (passed, message)
     found = []
-    for text in dict.fromkeys([*texts, *results]):
-        event = results.get(text)
-        if event is None:
+    for text in dict.fromkeys([*texts, *verdicts]):
+        passed_detail = verdicts.get(text)
+        if passed_detail is None:
             found.append(Expectation(printable(text), "not checked yet", ""))
         else:
-            verdict = "met" if event.get("passed") else "not met"
-            detail = printable(event.get("message", ""))
-            found.append(Expectation(printable(text), verdict, detail))
+            verdict = "met" if passed_detail[0] else "not met"
+            found.append(Expectation(printable(text), verdict, printable(passed_detail[1])))
     return found
 
 
 def _event(row: Mapping[str, Any]) -> Event:
     return Event(
-        time=str(row.get("time", ""))[:19].replace("T", " "),
+        time=utc_time(row.get("time")),
         step=str(row.get("step", "")),
         kind=printable(row.get("kind", "")),
         message=printable(row.get("message", "")),
@@ -376,7 +303,3 @@ def _flat(data: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         elif value is not None and value != []:
             yield printable(f"{prefix}{key}"), printable(value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

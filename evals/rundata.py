@@ -24,7 +24,10 @@ _EVAL_NAME = re.compile(r"(?P<task>.+)-step-(?P<step>\d+)")
 
 @dataclass(frozen=True, slots=True)
 class EvalSummary:
-    """The summary of one saved evaluation. `step` is None for the final one of a stage."""
+    """The summary of one saved evaluation.
+
+    task: its name in the recipe. step: None for the evaluation of a finished pipeline stage.
+    """
 
     path: Path
     task: str
@@ -39,6 +42,7 @@ class RunData:
 
     metrics:  one object a step, the last one written for each step, in order of steps.
     rollouts: (step, parquet file), in order of steps.
+    finished: the run came to its end and said so.
     stages:   (name, run directory) of a pipeline, in order.
     problems: what could not be read, for people.
     """
@@ -51,7 +55,8 @@ class RunData:
     events: list[dict[str, Any]]
     rollouts: list[tuple[int, Path]]
     evals: list[EvalSummary]
-    comparison: Comparison | None
+    comparisons: list[Comparison]
+    finished: bool
     stages: list[tuple[str, Path]]
     problems: list[str] = field(default_factory=list)
 
@@ -86,7 +91,8 @@ def read_run(run_dir: Path | str) -> RunData:
         events=_read_lines(path / "events.jsonl", problems),
         rollouts=rollout_files(path / "rollouts"),
         evals=_evals(path / "evals", problems),
-        comparison=_attempt(problems, path / "comparison.json", Comparison.load, None),
+        comparisons=_comparisons(path, problems),
+        finished=(path / "finished.json").is_file(),
         stages=_stages(path / "stages", recipe),
         problems=problems,
     )
@@ -154,6 +160,13 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _comparisons(folder: Path, problems: list[str]) -> list[Comparison]:
+    """A pipeline's comparison.json, and comparison-TASK.json where there are several tasks."""
+    paths = [*folder.glob("comparison.json"), *sorted(folder.glob("comparison-*.json"))]
+    found = [_attempt(problems, path, Comparison.load, None) for path in paths]
+    return [one for one in found if one is not None]
+
+
 def _evals(folder: Path, problems: list[str]) -> list[EvalSummary]:
     found = []
     nothing: Mapping[str, Any] = {}
@@ -166,7 +179,8 @@ def _evals(folder: Path, problems: list[str]) -> list[EvalSummary]:
         found.append(
             EvalSummary(
                 path=path,
-                task=str(data.get("task") or (match["task"] if match else path.stem)),
+                # The recipe may name a task, so that it can be there twice.
+                task=match["task"] if match else str(data.get("task") or path.stem),
                 step=int(match["step"]) if match else None,
                 metrics={k: v for k, x in metrics.items() if (v := number(x)) is not None},
                 intervals=_read_intervals(intervals),

@@ -68,13 +68,16 @@ def line_chart(
         ValueError: there is no point to draw.
     """
     frame = _frame(series, bounds)
+    # Error bars at the same step stand side by side.
+    bars = sum(one.spread == "bars" for one in series)
+    shifts = [4.0 * (i - (bars - 1) / 2) if bars > 1 else 0.0 for i in range(len(series))]
     names = ", ".join(one.name for one in series)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(f"{title}: {names} against {x_label}")}">',
         *_axes(frame, x_label, y_label),
-        *(part for i, one in enumerate(series) for part in _spread(one, i, frame)),
-        *(part for i, one in enumerate(series) for part in _line(one, i, frame)),
+        *(part for i, one in enumerate(series) for part in _spread(one, i, frame, shifts[i])),
+        *(part for i, one in enumerate(series) for part in _line(one, i, frame, shifts[i])),
         *_legend(series),
         "</svg>",
     ]
@@ -96,7 +99,8 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     largest = max(abs(value) for value in values)
     if largest >= 1e6 or step < 1e-4:
         digits = max(0, math.floor(math.log10(largest)) - math.floor(math.log10(step) + 1e-9))
-        return ["0" if abs(value) < step / 2 else f"{value:.{digits}e}" for value in values]
+        labels = ["0" if abs(value) < step / 2 else f"{value:.{digits}e}" for value in values]
+        return [label.replace("e-0", "e-").replace("e+0", "e+") for label in labels]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{0.0 if abs(value) < step / 2 else value:,.{decimals}f}" for value in values]
 
@@ -151,38 +155,38 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> list[str]:
     return parts
 
 
-def _spread(one: Series, index: int, frame: _Frame) -> list[str]:
+def _spread(one: Series, index: int, frame: _Frame, shift: float) -> list[str]:
     ends = [
-        (frame.x(x), frame.y(low), frame.y(high))
+        (frame.x(x) + shift, frame.y(low), frame.y(high))
         for x, low, high in zip(one.x, one.low or (), one.high or (), strict=False)
         if low is not None and high is not None
     ]
     colour = f"c{index % N_COLOURS}"
-    if one.spread == "bars":
+    if one.spread == "bars" or len(ends) == 1:
         return [
             f'<path class="bar {colour}" d="M{x - 4:.1f} {low:.1f}h8m-4 0V{high:.1f}m-4 0h8"/>'
             for x, low, high in ends
         ]
-    if len(ends) < 2:
+    if not ends:
         return []
     there = [f"{x:.1f} {high:.1f}" for x, _, high in ends]
     back = [f"{x:.1f} {low:.1f}" for x, low, _ in reversed(ends)]
     return [f'<path class="band {colour}" d="M{"L".join(there + back)}Z"/>']
 
 
-def _line(one: Series, index: int, frame: _Frame) -> list[str]:
+def _line(one: Series, index: int, frame: _Frame, shift: float) -> list[str]:
     colour = f"c{index % N_COLOURS}"
     path, pen_down = [], False
     for x, y in zip(one.x, one.y, strict=True):
         if y is not None:
-            path.append(f"{'L' if pen_down else 'M'}{frame.x(x):.1f} {frame.y(y):.1f}")
+            path.append(f"{'L' if pen_down else 'M'}{frame.x(x) + shift:.1f} {frame.y(y):.1f}")
         pen_down = y is not None
     parts = [f'<path class="line {colour}" d="{"".join(path)}"/>']
     points = [(x, y) for x, y in zip(one.x, one.y, strict=True) if y is not None]
     if len(points) <= MAX_MARKED:
         parts += [
-            f'<circle class="dot {colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.8">'
-            f"<title>{escape(one.name)}: {y:.4g} at {x:g}</title></circle>"
+            f'<circle class="dot {colour}" r="2.8" cx="{frame.x(x) + shift:.1f}" '
+            f'cy="{frame.y(y):.1f}"><title>{escape(one.name)}: {y:.4g} at {x:g}</title></circle>'
             for x, y in points
         ]
     return parts

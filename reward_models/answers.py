@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Extraction = Literal["boxed", "answer_tag", "hash", "answer_line", "last_number", "last_line", "all"]
+Extraction = Literal[
+    "boxed", "answer_tag", "hash", "answer_line", "last_number", "last_line", "all"
+]
 """A place to look for the final answer.
 
 boxed:       the last `\\boxed{...}`; boxes joined by nothing but "and", "or" or commas are one

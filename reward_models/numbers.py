@@ -13,7 +13,7 @@ _MAX_EXPONENT = 400
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = re.compile(rf"(?P<whole>{_INTEGER})?(?P<part>\.\d*)?")
 _SCIENTIFIC = re.compile(
-    rf"(?P<mantissa>\d(?:\.\d+)?)"
+    r"(?P<mantissa>\d(?:\.\d+)?)"
     r"(?:[eE]|\s*(?:\\times|\\cdot|\u00d7|\*)\s*10\s*(?:\^|\*\*)\s*)\{?(?P<exponent>[-+]?\d{1,4})\}?"
 )
 _FRACTION = re.compile(
@@ -29,7 +29,8 @@ _TEXT_UNIT = re.compile(
     r"\\(?:text|mathrm|mbox)\s*\{\s*(?P<words>[a-zA-Z][a-zA-Z ./-]*?)\s*\}(?:\^\{?[23]\}?)?\.?$"
 )
 _WORD_UNIT = re.compile(
-    r"(?P<space>\s*)(?<![a-zA-Z\\])(?P<words>[a-zA-Z]{2,}(?:[ -][a-zA-Z]+){0,3})(?:\^\{?[23]\}?)?\.?$"
+    r"(?P<space>\s*)(?<![a-zA-Z\\])(?P<words>[a-zA-Z]{2,}(?:[ -][a-zA-Z]+){0,3})"
+    r"(?:\^\{?[23]\}?)?\.?$"
 )
 _VOWEL = re.compile("[aeiou]")
 _PERCENT = re.compile(r"\s*(?:\\?%|\bpercent|\bper cent)$")
@@ -37,12 +38,15 @@ _ASSIGNED = re.compile(r"[^<>!\u2264\u2265,;=]{1,60}=\s*(?P<value>[^=]*)")
 
 _MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _SHORT_UNITS = frozenset(
-    "cm mm km nm kg mg lb lbs oz ml dl ft yd hr hrs sec ms mph kph km/h kmh kw hz".split()
+    {"cm", "mm", "km", "nm", "kg", "mg", "lb", "lbs", "oz", "ml", "dl", "ft", "yd"}
+    | {"hr", "hrs", "sec", "ms", "mph", "kph", "kmh", "kw", "hz"}
 )
 _NOT_UNITS = frozenset(
-    "or and to times plus minus over divided by half halves third thirds quarter quarters "
-    "fourth fourths fifth fifths tenth tenths hundredth hundredths dozen trillion squared cubed "
-    "factorial mod pi sqrt root sin cos tan log ln exp per not than if but".split()
+    {"or", "and", "to", "not", "than", "if", "but", "plus", "minus", "times", "over", "per"}
+    | {"divided", "by", "mod", "factorial", "squared", "cubed", "dozen", "trillion"}
+    | {"half", "halves", "third", "thirds", "quarter", "quarters", "fourth", "fourths"}
+    | {"fifth", "fifths", "tenth", "tenths", "hundredth", "hundredths", "thousandths"}
+    | {"pi", "sqrt", "root", "sin", "cos", "tan", "log", "ln", "exp"}
 )
 
 
@@ -68,7 +72,8 @@ def plain_number(text: str) -> PlainNumber | None:
     """
     if len(text) > _MAX_LENGTH:
         return None
-    text = _simplified(text)
+    wrapped = _WRAPPER.fullmatch(text.strip())
+    text = _simplified(wrapped[1] if wrapped else text)
     assigned = _ASSIGNED.fullmatch(text)
     if assigned:
         text = assigned["value"].strip()

@@ -15,7 +15,6 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from alignment import registry
 from alignment.config.fields import (
-    Count,
     NonNegative,
     Number,
     Positive,

@@ -13,9 +13,10 @@ from pydantic_core import InitErrorDetails
 from alignment.config.algorithms import GRPOConfig, SFTConfig
 from alignment.config.fields import Path, problem
 from alignment.config.options import resolve
+from alignment.config.plugins import PluginSection
 
 if TYPE_CHECKING:
-    from alignment.config.schema import PluginSection, Recipe
+    from alignment.config.schema import Recipe
 
 Problems = Iterator[InitErrorDetails]
 

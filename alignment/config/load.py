@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+import alignment
 from alignment.config.errors import user_error
 from alignment.config.fields import Section
 from alignment.config.overrides import parse_override, set_value
@@ -22,7 +21,11 @@ from alignment.types import UserInputError
 T = TypeVar("T", bound=Section)
 
 _SUFFIXES = (".yaml", ".yml")
-_NOT_RECIPES = ("accelerate", "__pycache__")
+_NOT_RECIPES = ("accelerate",)
+
+# Beside the package, in a checkout as in an installation. Not found by importing `recipes`: a
+# user's own folder or package of that name must not hide the shipped ones.
+_SHIPPED = Path(alignment.__file__).parent.parent / "recipes"
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe | PipelineRecipe:
@@ -81,17 +84,15 @@ def dump_recipe(recipe: Recipe | PipelineRecipe) -> str:
     return to_yaml(recipe.model_dump(mode="json"))
 
 
-def shipped_recipes() -> dict[str, Traversable]:
-    """The recipes that come with the toolkit, by name."""
-    return dict(sorted(_walk(resources.files("recipes"), "")))
-
-
-def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
-    for entry in folder.iterdir():
-        if entry.is_dir() and entry.name not in _NOT_RECIPES:
-            yield from _walk(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(_SUFFIXES):
-            yield prefix + entry.name.rpartition(".")[0], entry
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the toolkit: name -> file."""
+    files = (path for path in _SHIPPED.rglob("*") if path.suffix in _SUFFIXES)
+    names = {path.relative_to(_SHIPPED).with_suffix("").as_posix(): path for path in files}
+    return {
+        name: path
+        for name, path in sorted(names.items())
+        if name.partition("/")[0] not in _NOT_RECIPES
+    }
 
 
 def _read(path_or_name: str | Path) -> tuple[Document, Path | None]:

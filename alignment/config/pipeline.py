@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic_core import InitErrorDetails
 
 from alignment.config.errors import nearest
@@ -30,7 +30,7 @@ class StageConfig(Section):
     """Name of the stage."""
     recipe: str
     """A recipe file, relative to the pipeline's, or the name of a shipped recipe."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Values to set in the recipe, by dotted key. "${stages.NAME.model}" and "${stages.NAME.run}"
     stand for what an earlier stage made."""
 

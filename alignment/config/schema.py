@@ -7,13 +7,12 @@ Rules between sections are in `alignment.config.checks`. Nothing here imports to
 from __future__ import annotations
 
 import importlib
-import inspect
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -32,15 +31,26 @@ from alignment.config.fields import (
     Positive,
     PositiveCount,
     Section,
-    key_descriptions,
     problem,
     raise_problems,
 )
-from alignment.config.options import check_options, resolve
+from alignment.config.plugins import PluginSection
 from alignment.types import UserInputError
 
 DType = Literal["float32", "bfloat16", "float16"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+def _folder_name(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is None:
+        message = (
+            f"{name!r} cannot name a folder; use letters, digits, '.', '_' and '-', at most 100, "
+            "beginning with a letter or digit"
+        )
+        raise ValidationError.from_exception_data("name", [problem((), message, name)])
+    return name
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
 """A name that is safe as the name of a folder."""
 
 
@@ -149,44 +159,6 @@ class ModelConfig(Section):
                 "lora: {rank: 16}), or use reference: frozen_copy"
             )
             raise_problems("model", [problem(("reference",), message)])
-        return self
-
-
-class PluginSection(Section):
-    """A section whose `type` names a plug-in, and whose other keys are the plug-in's options."""
-
-    model_config = ConfigDict(extra="allow")
-    KIND: ClassVar[registry.Kind]
-
-    type: str
-    """A registered name, or "module:attribute"."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The plug-in's options, as given."""
-        return dict(self.model_extra or {})
-
-    @field_validator("type")
-    @classmethod
-    def _type_exists(cls, value: str) -> str:
-        try:
-            resolve(cls.KIND, value)
-        except UserInputError as error:
-            raise ValidationError.from_exception_data(
-                "type", [problem((), str(error), value)]
-            ) from None
-        return value
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> PluginSection:
-        factory = resolve(self.KIND, self.type)
-        check_options(
-            factory,
-            self.options,
-            section_keys=key_descriptions(type(self)),
-            # A reward that is a function gets the columns of the data as arguments, too.
-            partial=self.KIND == "reward" and not inspect.isclass(factory),
-        )
         return self
 
 

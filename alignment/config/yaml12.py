@@ -79,8 +79,15 @@ def parse_document(text: str, source: str) -> Document:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """Parse one value, as written on a command line: `1e-5`, `[a, b]`, `{rank: 8}`, `off`."""
-    root = _compose(text, source)
+    """Parse one value, as written on a command line: `1e-5`, `[a, b]`, `{rank: 8}`, `off`.
+
+    Raises:
+        UserInputError: not YAML.
+    """
+    try:
+        root = _compose(text, "")
+    except UserInputError as error:
+        raise UserInputError(f"{source}{str(error).removeprefix(':1')}") from error
     return None if root is None else _construct(root, (), Document(None, source), [])
 
 
@@ -129,6 +136,7 @@ def _construct(node: Node, path: Path, document: Document, inside: list[Node]) -
             _construct(item, (*path, index), document, inside)
             for index, item in enumerate(node.value)
         ]
+    assert isinstance(node, ScalarNode)
     return _scalar(node)
 
 
@@ -162,7 +170,7 @@ def _key(node: Node, line: str) -> str:
     return str(node.value)
 
 
-def _scalar(node: Node) -> Any:
+def _scalar(node: ScalarNode) -> Any:
     text = str(node.value)
     if node.style is not None or node.tag == _TAG + "str":
         return text

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from alignment.data.control import ControlTokens, Message, Tokenizer
+from alignment.data.control import ControlTokens, Tokenizer
+from alignment.data.formats import Message
 from alignment.types import Sample, UserInputError
 
 LossOn = Literal["assistant", "last_assistant"]
@@ -86,9 +87,10 @@ class ChatEncoder:
                 f"{where}: the tokenizer has no EOS token, so a completion could never end; set "
                 "tokenizer.eos_token"
             )
-        text, nonce = self._control.protect_text(prompt + completion)
-        cut = len(self._control.protect_text(prompt)[0]) if nonce is not None else len(prompt)
-        head, tail = self._control.encode(text, nonce, [cut])
+        parts = [{"role": "user", "text": prompt}, {"role": "assistant", "text": completion}]
+        protected = self._control.protect(parts)
+        texts = [str(part["text"]) for part in protected.messages]
+        head, tail = self._control.encode("".join(texts), protected.nonce, [len(texts[0])])
         if self._bos + head != list(prompt_ids):
             raise UserInputError(_not_a_prefix(where))
         ids = (*tail, int(eos))
@@ -270,9 +272,7 @@ def check_stop_token_trained(
 def _scored_turns(
     messages: Sequence[Message], loss_on: LossOn, n_context: int, where: str
 ) -> list[int]:
-    turns = [
-        i for i, m in enumerate(messages) if i >= n_context and m.get("role") == "assistant"
-    ]
+    turns = [i for i, m in enumerate(messages) if i >= n_context and m.get("role") == "assistant"]
     if not turns:
         raise UserInputError(f"{where}: no assistant message to train on; add one or drop the row")
     if loss_on == "last_assistant":

@@ -21,11 +21,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
+from alignment.data.formats import Message
 from alignment.types import AlignmentError, UserInputError
-
-Message = dict[str, Any]
 
 
 class Tokenizer(Protocol):
@@ -135,7 +135,7 @@ class ControlTokens:
         bounds = [0, *cuts, len(text)]
         parts = [
             self.restore(self._any.sub(lambda m: copy.names[m.group()], text[start:stop]), nonce)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
+            for start, stop in pairwise(bounds)
         ]
         offsets = [sum(map(len, parts[: i + 1])) for i in range(len(cuts))]
         pieces = _split_whole(copy.encode, "".join(parts), offsets)
@@ -159,9 +159,9 @@ class ControlTokens:
             backend = getattr(self._tokenizer, "backend_tokenizer", None)
             if backend is None:
                 raise UserInputError(
-                    "a text spells out a control token, and keeping it text needs a tokenizer "
-                    "with a tokenizers backend (tokenizer.json); remove the token from the text, "
-                    "or use the fast version of this tokenizer"
+                    "a text spells out a control token, or a token straddles the border of prompt "
+                    "and completion; tokenizing that safely needs the fast version of this "
+                    "tokenizer (tokenizer.json). Use it, or remove the row"
                 )
             self._copies[nonce] = _PrivateCopy(backend, self._ids, nonce)
         return self._copies[nonce]
@@ -211,7 +211,7 @@ def _split_whole(
             return None
         bounds.append(len(prefix))
     bounds.append(len(whole))
-    return [whole[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [whole[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _is_structural(text: str, template: str) -> bool:
@@ -220,7 +220,7 @@ def _is_structural(text: str, template: str) -> bool:
 
 
 def _alternatives(texts: set[str]) -> re.Pattern[str]:
-    """Leftmost-longest match of any of `texts`, as added tokens are found; never matches if none."""
+    """Leftmost-longest match of any of `texts`, which is how added tokens are found."""
     longest_first = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -246,9 +246,7 @@ def _strings(value: Any) -> list[str]:
     return []
 
 
-def _map_strings(
-    value: Any, pattern: re.Pattern[str], control: ControlTokens, nonce: str
-) -> Any:
+def _map_strings(value: Any, pattern: re.Pattern[str], control: ControlTokens, nonce: str) -> Any:
     if isinstance(value, str):
         return control._replace(value, pattern, nonce)
     if isinstance(value, Mapping):
@@ -268,6 +266,5 @@ def _rename_vocabulary(model: dict[str, Any], names: Mapping[str, str]) -> None:
         model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
     else:
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
-    unknown = model.get("unk_token")
-    if unknown in names:
-        model["unk_token"] = names[unknown]
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])

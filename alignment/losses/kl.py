@@ -36,8 +36,8 @@ def kl_estimate(
         estimator   differentiated as a loss              put in the reward, score function
         k1          0: no pull at all                     the reverse-KL gradient
         k2          the reverse-KL gradient               biased
-        k3          the *forward*-KL gradient,            biased, and can be nearly
-                    grad KL(reference || policy)          orthogonal to the true one
+        k3          the *forward*-KL gradient,            the difference of the two, which can
+                    grad KL(reference || policy)          even point against the true one
 
     So the true gradient of KL(policy || reference) is had from k1 in the reward or from k2 in the
     loss (and from `kl_full` in the loss). k3 in the loss is what GRPO (Shao et al. 2024, eq. 4)

@@ -233,7 +233,7 @@ def _apo_down(pairs: _Pairs) -> Tensor:
 
 def _discopop(pairs: _Pairs) -> Tensor:
     """(1 - g) (-log s(x)) + g exp(-x), x = beta D, g = s(x / tau). DiscoPOP, Lu et al. 2024,
-    eq. 5."""
+    eq. 5. Not convex: with small tau its slope at x = 0 is inverted, as the paper notes."""
     gate = torch.sigmoid(pairs.logits / pairs.discopop_tau)
     return (1 - gate) * -logsigmoid(pairs.logits) + gate * torch.exp(-pairs.logits)
 

@@ -84,7 +84,7 @@ _ENTRIES: dict[str, CatalogEntry] = {
             summary="a random 2-layer byte-level llama with a ChatML template: recipes in seconds",
             licence="Apache-2.0",
             origin="built locally from a seed",
-            parameters=115_328,
+            parameters=90_688,
             download_mb=0,
             disk_mb=1,
         ),

@@ -38,7 +38,8 @@ def convert_gguf(gguf: Path, directory: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     expected = _logits(model)
     _forget_quantization(model)
-    model.generation_config = GenerationConfig(
+    config_class: Any = GenerationConfig
+    model.generation_config = config_class(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -66,7 +66,8 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _random_model(tokenizer, family, hidden_size, layers, context)
-    model.generation_config = GenerationConfig(
+    config_class: Any = GenerationConfig
+    model.generation_config = config_class(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(path)
@@ -84,7 +85,8 @@ def byte_tokenizer(*, context: int = 1024, chat_template: str = CHATML) -> Any:
     backend.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
     )
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(
         tokenizer_object=backend,
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
@@ -113,7 +115,8 @@ def _random_model(tokenizer: Any, family: str, hidden_size: int, layers: int, co
         }
         | _FAMILY_OPTIONS[family],
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(config, dtype=torch.float32)
 
 
 def _byte_letters() -> list[str]:

@@ -70,7 +70,9 @@ class CompositeReward:
     @property
     def has_verifier(self) -> bool:
         """True where a part with a weight tells right from wrong."""
-        return any(part.counts and getattr(part.reward, "is_verifier", False) for part in self.parts)
+        return any(
+            part.counts and getattr(part.reward, "is_verifier", False) for part in self.parts
+        )
 
     def grade(self, items: Sequence[Item]) -> list[RewardedCompletion]:
         """One `RewardedCompletion` per item, in order.
@@ -201,9 +203,7 @@ def _failed_parts(item: RewardedCompletion) -> list[tuple[str, Score]]:
     return [(name, score) for name, score in item.parts.items() if score.outcome.is_failure]
 
 
-def _nothing_applies(
-    parts: Sequence[NamedReward], prompt: Prompt, completion: Completion
-) -> str:
+def _nothing_applies(parts: Sequence[NamedReward], prompt: Prompt, completion: Completion) -> str:
     names = ", ".join(repr(part.name) for part in parts if part.counts)
     return (
         f"no reward applies to sample {completion.sample_index} of prompt {prompt.index}: "

@@ -34,6 +34,11 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     stop_reason: StopReason | None = None
 
+    @property
+    def next_position(self) -> int:
+        """Position of the newest token, which the model has not seen yet."""
+        return len(self.prompt_ids) + len(self.tokens) - 1
+
 
 @dataclass(eq=False)
 class Group:
@@ -47,6 +52,11 @@ class Group:
     rows: list[Row] = field(default_factory=list)
     index: int = -1
     first_logits: Tensor | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache that are alive: a row's newest is not in it yet."""
+        return len(self.prompt_ids) + sum(len(row.tokens) - 1 for row in self.rows)
 
     @property
     def largest_size(self) -> int:

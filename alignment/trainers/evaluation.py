@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from alignment import registry
+from alignment.config.load import load_recipe
 from alignment.config.options import validate_options
-from alignment.config.schema import TaskConfig
+from alignment.config.schema import Recipe, ReferenceConfig, TaskConfig
+from alignment.distributed import Distributed
 from alignment.modeling.policy import PolicyWithReference
 from alignment.rollout.engine import RolloutEngine
+from alignment.runs.directory import RunDirectory
+from alignment.runs.events import EventLog
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.sampling import sampling_params
+from alignment.trainers.setup import build_context
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -21,6 +27,7 @@ from alignment.types import (
     RewardedCompletion,
     Sample,
     SamplingParams,
+    UserInputError,
 )
 
 
@@ -113,3 +120,59 @@ def _no_rewards(_: Sequence[tuple[Prompt, Completion]]) -> list[RewardedCompleti
         "the task grades completions, but the recipe has no rewards; list the verifier under "
         "rewards"
     )
+
+
+def evaluate_model(
+    recipe: Recipe, model_path: str, tasks: Sequence[TaskConfig], *, seed: int
+) -> dict[str, Any]:
+    """Run tasks on any model, with a recipe's held-out data, rewards and sampling.
+
+    Args:
+        recipe: where data, rewards and sampling come from; its own model is replaced.
+        model_path: catalogue name, directory or hub id.
+        seed: of the samples; the same seed gives every model the same random numbers.
+
+    Returns:
+        task name -> result.
+    """
+    settings = recipe.model.model_copy(
+        update={"path": model_path, "lora": None, "reference": ReferenceConfig(mode="none")}
+    )
+    recipe = recipe.model_copy(update={"model": settings})
+    events = EventLog(os.devnull)
+    context, _, _ = build_context(recipe, Distributed(), events)
+    view = replace(eval_context(context), seed=seed)
+    try:
+        return {task.name or task.type: make_task(task).run(view) for task in tasks}
+    finally:
+        if context.rewards is not None:
+            context.rewards.close()
+
+
+def evaluate_command(
+    target: str, tasks: Sequence[TaskConfig], *, data_from: Recipe | None = None
+) -> dict[str, Any]:
+    """What `align eval` runs: tasks on a finished run's model, or on a model with a recipe's data.
+
+    Args:
+        target: a run folder, or a model path with `data_from`.
+        data_from: recipe for data, rewards and sampling; by default the run's own.
+
+    Raises:
+        UserInputError: neither is given.
+    """
+    path = Path(target)
+    model = target
+    if (path / "recipe.yaml").is_file():
+        own = load_recipe(path / "recipe.yaml")
+        if not isinstance(own, Recipe):
+            raise UserInputError(
+                f"{target} is a pipeline; name one of its stages: {target}/stages/"
+            )
+        data_from = data_from or own
+        model = str(RunDirectory.open(path).model_dir)
+    if data_from is None:
+        raise UserInputError(
+            f"{target} is not a run, so there is no data to evaluate on; add --recipe RECIPE"
+        )
+    return evaluate_model(data_from, model, tasks, seed=data_from.run.seed)

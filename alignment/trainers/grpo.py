@@ -61,7 +61,7 @@ class GRPOTrainer:
         self.distributed = context.distributed
         self.total_steps = config.steps
         self.kl = KLTerm(config, has_reference=context.policy.reference is not None)
-        self.update = Updater.of(context, total_steps=config.steps)
+        self.update = Updater(context, total_steps=config.steps)
         self.monitor = RolloutMonitor(context)
 
     def step(self, step: int) -> StepResult:

@@ -32,14 +32,7 @@ class SFTTrainer:
         self.total_steps = config.steps or math.ceil(
             (config.epochs or 1) * len(context.samples) / config.samples_per_step
         )
-        self.update = Updater(
-            context.policy,
-            context.optimizer,
-            context.distributed,
-            context.events,
-            context.recipe,
-            total_steps=self.total_steps,
-        )
+        self.update = Updater(context, total_steps=self.total_steps)
 
     def step(self, step: int) -> StepResult:
         metrics = MetricSums()
@@ -55,11 +48,11 @@ class SFTTrainer:
             record(metrics, loss.metrics, "sft/")
             assert scores.greedy is not None
             record_masked(metrics, "sft/token_accuracy", scores.greedy, scores.mask)
-            metrics.add("tokens/computed", scores.n_tokens)
             return reduce_loss(loss.per_token, scores.mask, mode=self.config.reduction, count=count)
 
         self.update(step, batch, loss_of, metrics, lambda _: {"greedy": True})
-        metrics.add("tokens/trained", tokens / self.distributed.world_size)
+        if self.distributed.is_main:
+            metrics.add("sft/loss_tokens", tokens)
         return StepResult(metrics)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from alignment.config.schema import Recipe
-from alignment.distributed import Distributed
 from alignment.losses.types import Max, Mean, Metric
-from alignment.modeling.optimizer import MasterWeightOptimizer, learning_rate
-from alignment.modeling.policy import PolicyWithReference
+from alignment.modeling.optimizer import learning_rate
 from alignment.modeling.scorer import Scores
-from alignment.runs.events import EventLog
 from alignment.runs.metrics import MetricSums
+from alignment.trainers.context import TrainingContext
 from alignment.types import AlignmentError, Sample
 
 LossOf = Callable[[Scores, list[int]], Tensor]
@@ -29,23 +26,14 @@ class Updater:
         policy_version: updates made so far.
     """
 
-    def __init__(
-        self,
-        policy: PolicyWithReference,
-        optimizer: MasterWeightOptimizer,
-        distributed: Distributed,
-        events: EventLog,
-        recipe: Recipe,
-        *,
-        total_steps: int,
-    ) -> None:
-        self._policy = policy
-        self._optimizer = optimizer
-        self._distributed = distributed
-        self._events = events
-        self._optim = recipe.optim
-        self._router_aux_coef = recipe.model.router_aux_coef
-        self._nonfinite_limit = recipe.limits.nonfinite_steps
+    def __init__(self, context: TrainingContext, *, total_steps: int) -> None:
+        self._policy = context.policy
+        self._optimizer = context.optimizer
+        self._distributed = context.distributed
+        self._events = context.events
+        self._optim = context.recipe.optim
+        self._router_aux_coef = context.recipe.model.router_aux_coef
+        self._nonfinite_limit = context.recipe.limits.nonfinite_steps
         self._total_steps = total_steps
         self._nonfinite_in_a_row = 0
         self.policy_version = 0

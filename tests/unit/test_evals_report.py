@@ -44,7 +44,7 @@ algorithm: {type: grpo, group_size: 8, prompts_per_step: 8, kl: {coef: 0.02, est
 rewards:
 - {type: math, weight: 1.0}
 - {type: length, weight: 0.1}
-expect: ["reward/mean[-5:] > reward/mean[:5] + 0.2", "kl/mean[-1] < 0.5"]
+expect: ["reward/mean[-5:] > reward/mean[:5] + 0.2", "kl/mean[-1] < 0.05"]
 """
 
 
@@ -111,19 +111,21 @@ def make_run(root: Path, name: str = "arithmetic", *, steps: int = 60, text: str
             step,
             {
                 "reward/mean": reward,
-                "reward/std": math.sqrt(max(reward * (1 - reward), 0.01)),
+                "reward/std_in_group": math.sqrt(max(reward * (1 - reward), 0.01)),
+                "reward/math": reward - 0.03,
+                "reward/length": 0.3,
                 "outcome/correct": min(max(reward, 0), 1),
                 "outcome/wrong": min(max(0.95 - reward, 0), 1),
                 "outcome/timeout": 0.05,
                 "loss": 0.02 * float(rng.normal()),
                 "kl/mean": 0.08 * progress + 0.004 * float(rng.random()),
-                "length/mean": 30 - 14 * progress + float(rng.normal()),
-                "entropy": 1.1 - 0.6 * progress,
-                "grad_norm": float(rng.gamma(4, 0.1)) if step != 7 else math.nan,
-                "lr": 1e-4 * (1 - step / steps),
-                "time/step": 2 + float(rng.random()),
-                "clip_fraction/low": 0.01 * float(rng.random()),
-                "clip_fraction/high": 0.02 * float(rng.random()),
+                "completion/length": 30 - 14 * progress + float(rng.normal()),
+                "policy/entropy": 1.1 - 0.6 * progress,
+                "optim/grad_norm": float(rng.gamma(4, 0.1)) if step != 7 else math.nan,
+                "optim/lr": 1e-4 * (1 - step / steps),
+                "time/step_seconds": 2 + float(rng.random()),
+                "policy/clip_fraction/low": 0.01 * float(rng.random()),
+                "policy/clip_fraction/high": 0.02 * float(rng.random()),
             },
         )
         if step in (1, steps // 2, steps):
@@ -134,13 +136,6 @@ def make_run(root: Path, name: str = "arithmetic", *, steps: int = 60, text: str
         path = run.evals_dir / f"verifiable-step-{step:06d}"
         _result(0.38 + 0.4 * step / steps, rng, text).save(path)
     events.write("diagnosis", "the grader timed out on 5% of the samples; raise its limit", step=40)
-    events.write(
-        "expect",
-        "0.66 > 0.18 + 0.2",
-        expectation="reward/mean[-5:] > reward/mean[:5] + 0.2",
-        passed=True,
-    )
-    events.write("expect", "0.61 < 0.5", expectation="kl/mean[-1] < 0.5", passed=False)
     events.write("end", "training ended")
     events.close()
     metrics.close()

@@ -163,9 +163,9 @@ def test_bad_arguments_are_named() -> None:
         _ppo(logprobs, old[:, :4], advantages, mask)
     with pytest.raises(AlignmentError, match="advantages has shape"):
         _ppo(logprobs, old, advantages[0], mask)
-    with pytest.raises(UserInputError, match="clip_low is -0.1"):
+    with pytest.raises(UserInputError, match=r"clip_low is -0\.1"):
         ppo_clip_loss(logprobs, old, advantages, mask, clip_low=-0.1, clip_high=0.2)
-    with pytest.raises(UserInputError, match="dual_clip is 1.0"):
+    with pytest.raises(UserInputError, match=r"dual_clip is 1\.0"):
         ppo_clip_loss(logprobs, old, advantages, mask, clip_low=0, clip_high=0.2, dual_clip=1.0)
     with pytest.raises(UserInputError, match="did you mean 'sequence'"):
         ppo_clip_loss(

@@ -15,7 +15,7 @@ from alignment.types import AlignmentError, UserInputError
 
 BETA, SMOOTH = 0.3, 0.1
 CHOSEN, REJECTED = [-10.0, -4.0, -7.5], [-12.0, -3.0, -7.0]
-REF_CHOSEN, REF_REJECTED = [-11.0, -5.0, -6.0], [-11.5, -3.5, -9.0]
+REF_CHOSEN, REF_REJECTED = [-11.0, -5.5, -6.0], [-11.5, -3.5, -9.0]
 CHOSEN_LENGTHS, REJECTED_LENGTHS = [4, 2, 5], [6, 3, 2]
 
 Pair = dict[str, float]

@@ -101,9 +101,9 @@ def test_names_that_are_no_folder_name_are_refused(tmp_path, name):
 def test_open_names_the_nearest_run(tmp_path):
     RunDirectory.create(tmp_path, "arithmetic", recipe_yaml=RECIPE, info=INFO)
     assert RunDirectory.open(tmp_path / "arithmetic").name == "arithmetic"
-    with pytest.raises(UserInputError, match="did you mean .*arithmetic"):
+    with pytest.raises(UserInputError, match=r"did you mean .*arithmetic"):
         RunDirectory.open(tmp_path / "arithmetik")
-    with pytest.raises(UserInputError, match="no recipe.yaml and no run.json"):
+    with pytest.raises(UserInputError, match=r"no recipe\.yaml and no run\.json"):
         RunDirectory.open(tmp_path)
     with pytest.raises(UserInputError, match="there is no run"):
         RunDirectory.open(tmp_path / "no" / "where")

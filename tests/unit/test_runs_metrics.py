@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment.runs.events import EventLog, read_events
-from alignment.runs.metrics import MetricsWriter, MetricSums, read_metrics
+from alignment.runs.metrics import MetricSums, MetricsWriter, read_metrics
 from alignment.types import AlignmentError, Outcome
 
 
@@ -28,7 +28,7 @@ def strict_lines(path):
 
 
 def test_means_divide_once_by_the_sum_of_counts():
-    """Micro-batches of 1 and 3 tokens: the mean is 11/4, not the mean of means 7/2 / ... ."""
+    """Micro-batches of 1 and 3 tokens: the mean is 11/4, not the mean of means (5 + 2) / 2."""
     sums = MetricSums()
     sums.add("loss", 5.0, 1)
     other = MetricSums()
@@ -132,7 +132,7 @@ def test_reserved_names_are_refused(tmp_path, metrics, message):
 @pytest.mark.parametrize("value", ["0.5", None, [1.0]])
 def test_a_value_that_is_no_number_is_refused_and_nothing_is_written(tmp_path, value):
     writer = MetricsWriter(tmp_path / "m")
-    with pytest.raises(AlignmentError, match="'loss' is .* no number"):
+    with pytest.raises(AlignmentError, match=r"'loss' is .* no number"):
         writer.write(1, {"loss": value})
     assert read_metrics(tmp_path / "m") == []
 

@@ -1,0 +1,75 @@
+"""`align check`: is a recipe right, and what would it do?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from alignment.cli.common import lazy, table
+from alignment.cli.train import Overrides, RecipeName
+
+if TYPE_CHECKING:
+    from alignment.config import PipelineRecipe, Recipe
+
+
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Check a recipe, and print what the run would do.
+
+    Every key, value and combination is checked, the options of plug-ins included.
+    """
+    config = lazy("alignment.config:load_recipe")(recipe, overrides or ())
+    typer.echo(describe(config))
+
+
+def describe(config: Recipe | PipelineRecipe) -> str:
+    """The resolved recipe in a few lines: its parts, its arithmetic, and what looks odd."""
+    pipeline_type: type[PipelineRecipe] = lazy("alignment.config:PipelineRecipe")
+    if isinstance(config, pipeline_type):
+        return _describe_pipeline(config)
+    counts = lazy("alignment.config:describe_counts")(config)
+    cautions = lazy("alignment.config:cautions")(config)
+    rows = [*_parts(config), *(("counts", line) for line in counts)]
+    rows += [("caution", line) for line in cautions]
+    return f"{config.run.name}: the recipe is valid\n{table(rows)}"
+
+
+def _describe_pipeline(pipeline: PipelineRecipe) -> str:
+    load_stage = lazy("alignment.config:load_stage")
+    stages = [describe(load_stage(pipeline, stage.name)) for stage in pipeline.stages]
+    title = f"{pipeline.run.name}: a valid pipeline of {len(stages)} stages"
+    return "\n\n".join([title, *stages])
+
+
+def _parts(recipe: Recipe) -> list[tuple[str, str]]:
+    model, optim = recipe.model, recipe.optim
+    weights = f"LoRA of rank {model.lora.rank}" if model.lora else "all weights"
+    rows = [
+        ("model", f"{model.path}: {weights} in {model.dtype}, masters in {model.master_dtype}"),
+        ("reference", model.reference.mode),
+        ("data", _plugin(recipe.data.type, recipe.data.options)),
+        ("algorithm", getattr(recipe.algorithm, "type", type(recipe.algorithm).__name__)),
+    ]
+    if recipe.rollout is not None:
+        rollout = recipe.rollout
+        rows.append(
+            (
+                "rollout",
+                f"{rollout.engine}: {rollout.max_new_tokens} tokens at temperature "
+                f"{rollout.temperature:g}",
+            )
+        )
+    rows += [
+        ("reward", f"{reward.weight:g} x {_plugin(reward.type, reward.options)}")
+        for reward in recipe.rewards
+    ]
+    rows.append(("optimizer", f"{optim.type}: lr {optim.lr:g}, {optim.schedule}"))
+    rows += [("task", _plugin(task.type, task.options)) for task in recipe.eval.tasks]
+    rows += [("expect", expectation) for expectation in recipe.expect]
+    rows.append(("folder", f"{recipe.run.dir}/{recipe.run.name}"))
+    return rows
+
+
+def _plugin(name: str, options: dict[str, object]) -> str:
+    given = ", ".join(f"{key}: {value}" for key, value in options.items())
+    return f"{name} ({given})" if given else name

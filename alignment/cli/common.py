@@ -1,0 +1,84 @@
+"""What the commands share: imports on first use, exit codes, and plain tables."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from alignment.types import AlignmentError, UserInputError
+
+EXIT_FAILED = 1
+EXIT_USER_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def lazy(target: str) -> Any:
+    """The object at ``"module:attribute"``, imported now.
+
+    Commands import what they run by name and when they run, so that `align --help` answers at
+    once and `align check` never waits for torch.
+    """
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with this program's exit codes.
+
+    2 where the user's input is wrong and 1 for any other `AlignmentError`, both with the message
+    alone; 1 with a traceback for what nobody expected; 130 when interrupted.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except UserInputError as error:
+            fail(str(error), EXIT_USER_INPUT)
+        except AlignmentError as error:
+            fail(str(error), EXIT_FAILED)
+        except KeyboardInterrupt:
+            fail("interrupted", EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # Whoever reads the output may stop reading. Any other pipe, such as one to a reward's
+            # worker, is an error like every other; typer would swallow it.
+            if not _stdout_is_closed():
+                traceback.print_exc()
+            raise typer.Exit(EXIT_FAILED) from None
+
+    return run
+
+
+def fail(message: str, code: int) -> None:
+    """Say why on stderr and leave with `code`."""
+    typer.echo(f"align: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """Left-aligned columns; the last one may be of any width."""
+    lines = [list(header), *rows] if header else list(rows)
+    if not lines:
+        return ""
+    widths = [max(len(row[column]) for row in lines) for column in range(len(lines[0]) - 1)]
+    return "\n".join(
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
+        ).rstrip()
+        for row in lines
+    )
+
+
+def _stdout_is_closed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False

@@ -1,0 +1,170 @@
+"""Arithmetic problems: generated, verifiable, of a difficulty one can tune."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from itertools import pairwise
+from typing import Literal
+
+from alignment.data.formats import Row
+from alignment.types import UserInputError
+
+Operation = Literal["add", "subtract", "multiply", "mixed"]
+
+_SIGNS: dict[str, tuple[str, ...]] = {
+    "add": ("+",),
+    "subtract": ("-",),
+    "multiply": ("*",),
+    "mixed": ("+", "-", "*"),
+}
+_HELD_OUT_BUCKETS = 1000
+
+
+def arithmetic(
+    operation: Operation = "add",
+    operands: int = 2,
+    low: int = 1,
+    high: int = 20,
+    size: int | None = None,
+    seed: int = 0,
+    split: Literal["train", "held_out"] = "train",
+    held_out: float = 0.1,
+    question: str = "What is {expression}?",
+) -> list[Row]:
+    """Distinct problems such as "What is 7 + 12?", in an order given by `seed`.
+
+    Each row has `question`, `answer` (the number), `completion` (a worked solution, one line per
+    operation, that ends in the answer) and `expression`. The rows serve reinforcement learning
+    (question and answer) and supervised fine-tuning (question and completion) alike.
+
+    Difficulty grows with `high`, with `operands`, and from `add` over `subtract` and `multiply` to
+    `mixed`, which draws each sign from +, - and *, with * binding closer.
+
+    Whether a problem is held out depends on the problem alone, never on `seed` or `size`, and
+    problems that differ only in the order of a commutative operation fall on the same side: the
+    two splits never overlap, whatever the other options are.
+
+    Args:
+        operation: the sign between operands.
+        operands: how many, 2 or more.
+        low: smallest operand.
+        high: largest operand.
+        size: number of rows; all problems of the split if left out.
+        seed: of the choice and order of problems.
+        split: `train` or `held_out`.
+        held_out: share of all problems that is held out.
+        question: the wording; `{expression}` is replaced.
+
+    Raises:
+        UserInputError: an option out of range, or fewer distinct problems than `size`.
+    """
+    _check(operands, low, high, size, held_out, question)
+    signs = _SIGNS[operation]
+    total = (high - low + 1) ** operands * len(signs) ** (operands - 1)
+    if size is None and total > 1_000_000:
+        raise UserInputError(f"arithmetic: there are {total} problems; set size")
+    wanted = total if size is None else size
+    rows: list[Row] = []
+    for number in random.Random(seed).sample(
+        range(total), _n_drawn(wanted, total, split, held_out)
+    ):
+        problem = _problem(number, operands, low, high, signs)
+        if len(rows) < wanted and _is_held_out(problem, held_out) == (split == "held_out"):
+            rows.append(_row(problem, question))
+    if not rows or (size is not None and len(rows) < size):
+        raise UserInputError(
+            f"arithmetic: {len(rows)} distinct problems in the split {split!r}, {size or 'some'} "
+            "asked for; lower size, widen low..high, or change held_out"
+        )
+    return rows
+
+
+Problem = tuple[tuple[int, ...], tuple[str, ...]]
+
+
+def _n_drawn(wanted: int, total: int, split: str, held_out: float) -> int:
+    """How many problems to look at so that `wanted` of them fall into the split."""
+    share = held_out if split == "held_out" else 1.0 - held_out
+    if share <= 0.0:
+        return 0
+    # Eight standard deviations of a binomial count, and the whole space where it is small.
+    expected = wanted / share
+    return min(total, int(expected + 8 * (expected / share) ** 0.5) + 64)
+
+
+def _problem(number: int, operands: int, low: int, high: int, signs: tuple[str, ...]) -> Problem:
+    """The problem with this number, in a mixed-radix count of all of them."""
+    values, chosen = [], []
+    for _ in range(operands):
+        number, digit = divmod(number, high - low + 1)
+        values.append(low + digit)
+    for _ in range(operands - 1):
+        number, digit = divmod(number, len(signs))
+        chosen.append(signs[digit])
+    return tuple(values), tuple(chosen)
+
+
+def _is_held_out(problem: Problem, held_out: float) -> bool:
+    digest = hashlib.sha256(repr(_canonical(problem)).encode()).digest()
+    bucket = int.from_bytes(digest[:8], "big") % _HELD_OUT_BUCKETS
+    return bucket < round(held_out * _HELD_OUT_BUCKETS)
+
+
+def _canonical(problem: Problem) -> object:
+    """Equal for problems that commutativity makes the same: signed terms, each a sorted product."""
+    values, signs = problem
+    terms: list[tuple[str, list[int]]] = [("+", [values[0]])]
+    for sign, value in zip(signs, values[1:], strict=True):
+        if sign == "*":
+            terms[-1][1].append(value)
+        else:
+            terms.append((sign, [value]))
+    return sorted((sign, sorted(factors)) for sign, factors in terms)
+
+
+def _row(problem: Problem, question: str) -> Row:
+    steps = _steps(problem)
+    return {
+        "question": question.replace("{expression}", steps[0]),
+        "answer": steps[-1],
+        "completion": "\n".join(f"{before} = {after}" for before, after in pairwise(steps)),
+        "expression": steps[0],
+    }
+
+
+def _steps(problem: Problem) -> list[str]:
+    """The expression, reduced by one operation at a time: products first, then left to right."""
+    values, signs = list(problem[0]), list(problem[1])
+    steps = [_expression(values, signs)]
+    while signs:
+        at = signs.index("*") if "*" in signs else 0
+        left, right = values[at], values[at + 1]
+        result = {"+": left + right, "-": left - right, "*": left * right}[signs[at]]
+        values[at : at + 2] = [result]
+        del signs[at]
+        steps.append(_expression(values, signs))
+    return steps
+
+
+def _expression(values: list[int], signs: list[str]) -> str:
+    first, *rest = values
+    parts = [str(first)]
+    for sign, value in zip(signs, rest, strict=True):
+        parts += [sign, f"({value})" if value < 0 else str(value)]
+    return " ".join(parts)
+
+
+def _check(
+    operands: int, low: int, high: int, size: int | None, held_out: float, question: str
+) -> None:
+    if operands < 2:
+        raise UserInputError(f"arithmetic: operands is {operands}; give 2 or more")
+    if low > high:
+        raise UserInputError(f"arithmetic: low ({low}) is above high ({high}); swap them")
+    if size is not None and size < 1:
+        raise UserInputError(f"arithmetic: size is {size}; give 1 or more")
+    if not 0.0 <= held_out < 1.0:
+        raise UserInputError(f"arithmetic: held_out is {held_out}; give a share from 0 to below 1")
+    if "{expression}" not in question:
+        raise UserInputError("arithmetic: question has no {expression} to put the problem in")

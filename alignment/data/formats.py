@@ -1,0 +1,217 @@
+"""The row formats that the toolkit understands, and their normal forms.
+
+| format       | columns                                                            |
+|--------------|--------------------------------------------------------------------|
+| conversation | `messages`: `[{"role", "content"}, ...]`                           |
+| demonstration| `prompt` or `question`, and `completion` (or `answer`)             |
+| prompt       | `prompt` or `question`, or `messages`; with `answer` for verifiers |
+| preference   | `chosen` and `rejected`, with `prompt` or as two whole conversations|
+
+A prompt, a completion, `chosen` and `rejected` are a string or a list of messages. With `chat`,
+strings become messages: a prompt the user's, a completion the assistant's. Without, all must be
+strings, and no template is applied.
+
+Every function takes `where`, the name of the row ("row 12"), and begins its errors with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from alignment.types import UserInputError
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+Turns = list[Message] | str
+Format = Literal["conversation", "demonstration", "prompt", "preference"]
+
+_ROLE = re.compile(r"[a-z][a-z_]*")
+_PROMPT_COLUMNS = ("prompt", "question")
+_COMPLETION_COLUMNS = ("completion", "answer")
+
+
+def detect(row: Mapping[str, Any], *, where: str = "the row") -> Format:
+    """The richest format that the row has the columns of.
+
+    Raises:
+        UserInputError: it has the columns of none.
+    """
+    if "chosen" in row and "rejected" in row:
+        return "preference"
+    if "messages" in row:
+        return "conversation"
+    if any(column in row for column in _PROMPT_COLUMNS):
+        return "demonstration" if "completion" in row else "prompt"
+    raise UserInputError(
+        f"{where}: none of the known formats; it has the columns {_listed(row)}. Known: "
+        "'messages'; 'prompt' or 'question' with 'completion' or 'answer'; 'chosen' and "
+        "'rejected'. Rename columns with the source's `columns` option"
+    )
+
+
+def prompt_of(row: Mapping[str, Any], *, chat: bool, where: str = "the row") -> Turns:
+    """What the policy answers: the prompt, or a conversation up to its last non-assistant message.
+
+    Raises:
+        UserInputError: the column is missing, of the wrong type, or empty.
+    """
+    column = next((c for c in _PROMPT_COLUMNS if c in row), None)
+    if column is not None:
+        return _turns(row[column], "user", chat, f"{where}: column {column!r}")
+    if "messages" in row:
+        _need_chat(chat, where)
+        messages = _messages(row["messages"], f"{where}: column 'messages'")
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if messages:
+            return messages
+        raise UserInputError(f"{where}: column 'messages' holds nothing but assistant messages")
+    raise UserInputError(_missing(row, "'prompt', 'question' or 'messages'", where))
+
+
+def demonstration_of(
+    row: Mapping[str, Any], *, chat: bool, where: str = "the row"
+) -> tuple[Turns, Turns]:
+    """Context and what to learn from it: (prompt, completion), or ([], whole conversation).
+
+    Raises:
+        UserInputError: a column is missing or of the wrong type.
+    """
+    if "messages" in row:
+        _need_chat(chat, where)
+        return [], _messages(row["messages"], f"{where}: column 'messages'")
+    column = next((c for c in _COMPLETION_COLUMNS if c in row), None)
+    if column is None:
+        raise UserInputError(_missing(row, "'messages', or 'prompt' with 'completion'", where))
+    prompt = prompt_of(row, chat=chat, where=where)
+    return prompt, _turns(row[column], "assistant", chat, f"{where}: column {column!r}")
+
+
+def preference_of(
+    row: Mapping[str, Any], *, chat: bool, where: str = "the row"
+) -> tuple[Turns, Turns, Turns]:
+    """(prompt, chosen, rejected). Without a `prompt` column, `chosen` and `rejected` are whole
+    conversations, and the prompt is the messages they begin with in common.
+
+    Raises:
+        UserInputError: a column is missing or of the wrong type, both answers are the same, or
+            two whole conversations have no common beginning.
+    """
+    for column in ("chosen", "rejected"):
+        if column not in row:
+            raise UserInputError(_missing(row, "'chosen' and 'rejected'", where))
+    chosen = _turns(row["chosen"], "assistant", chat, f"{where}: column 'chosen'")
+    rejected = _turns(row["rejected"], "assistant", chat, f"{where}: column 'rejected'")
+    if chosen == rejected:
+        raise UserInputError(f"{where}: 'chosen' and 'rejected' are the same; drop the row")
+    if any(column in row for column in _PROMPT_COLUMNS):
+        prompt = prompt_of(row, chat=chat, where=where)
+        if isinstance(prompt, list):
+            return prompt, _without(prompt, chosen), _without(prompt, rejected)
+        return prompt, chosen, rejected
+    common = _common_beginning(chosen, rejected)
+    if not common:
+        raise UserInputError(
+            f"{where}: there is no 'prompt' column, and 'chosen' and 'rejected' do not begin with "
+            "the same messages; add a 'prompt', or give two conversations with the same beginning"
+        )
+    return common, chosen[len(common) :], rejected[len(common) :]
+
+
+def wants_chat(style: Literal["auto", "chat", "plain"], *, has_template: bool) -> bool:
+    """Whether strings are rendered with the chat template: under `auto`, if there is one.
+
+    Raises:
+        UserInputError: `chat` without a chat template.
+    """
+    if style == "chat" and not has_template:
+        raise UserInputError(
+            "the data is to be rendered as a chat, but the tokenizer has no chat template; set "
+            "model.chat_template, or use the plain style"
+        )
+    return style == "chat" or (style == "auto" and has_template)
+
+
+def _turns(value: Any, role: str, chat: bool, where: str) -> Turns:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}] if chat else value
+    if isinstance(value, (list, tuple)):
+        _need_chat(chat, where)
+        return _messages(value, where)
+    raise UserInputError(
+        f"{where} is of type {type(value).__name__}; give a string or a list of messages"
+    )
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UserInputError(
+            f"{where} is {_shown(value)}; give a non-empty list of "
+            "{'role': ..., 'content': ...} messages"
+        )
+    return [_message(item, f"{where}, message {i}") for i, item in enumerate(value)]
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise UserInputError(f"{where} is {_shown(item)}; give {{'role': ..., 'content': ...}}")
+    role, content = item.get("role"), item.get("content")
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise UserInputError(
+            f"{where} has role {role!r}; give system, user, assistant, tool or another lower-case "
+            "word"
+        )
+    if content is None and not item.get("tool_calls"):
+        raise UserInputError(f"{where} has no content; give a string")
+    if content is not None and not isinstance(content, (str, list)):
+        raise UserInputError(f"{where} has content of type {type(content).__name__}; give a string")
+    # Columnar files fill the keys that only other messages have with None.
+    return {key: part for key, part in item.items() if part is not None}
+
+
+def _common_beginning(chosen: Turns, rejected: Turns) -> Turns:
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return []
+    n_common = 0
+    # Both answers keep at least one message of their own.
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if one != other:
+            break
+        n_common += 1
+    return chosen[:n_common]
+
+
+def _without(prompt: list[Message], answer: Turns) -> Turns:
+    """An answer that repeats the prompt's messages, without them."""
+    repeats = isinstance(answer, list) and len(answer) > len(prompt)
+    return answer[len(prompt) :] if repeats and answer[: len(prompt)] == prompt else answer
+
+
+def _need_chat(chat: bool, where: str) -> None:
+    if not chat:
+        raise UserInputError(
+            f"{where}: messages need a chat template; set model.chat_template, or give strings"
+        )
+
+
+def _missing(row: Mapping[str, Any], wanted: str, where: str) -> str:
+    return (
+        f"{where}: needs {wanted}, and has the columns {_listed(row)}; rename columns with the "
+        "source's `columns` option"
+    )
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, row)) or "none"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def name_row(index: int) -> str:
+    """How messages name row `index` of a data set."""
+    return f"row {index} (counting from 0)"

@@ -1,0 +1,79 @@
+"""What became of the rows: kept, cut short, or dropped, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from alignment.types import UserInputError
+
+TooLong = Literal["drop", "truncate", "error"]
+
+PROMPT_TOO_LONG = "the prompt leaves no room for a completion"
+TOO_LONG = "longer than the limit"
+NOTHING_TO_TRAIN_ON = "nothing to train on"
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """Rows by what became of them; every number is an index into the rows that came in.
+
+    kept:      rows that were used, in order: `kept[i]` is the row of the i-th result.
+    dropped:   rows that were left out, by reason.
+    truncated: kept rows whose completion was cut.
+    """
+
+    kept: tuple[int, ...]
+    dropped: Mapping[str, tuple[int, ...]]
+    truncated: tuple[int, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.kept) + self.n_dropped
+
+    @property
+    def n_dropped(self) -> int:
+        return sum(map(len, self.dropped.values()))
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{len(self.kept)} of {self.n_rows} rows kept"]
+        if self.truncated:
+            parts.append(f"{len(self.truncated)} truncated")
+        for reason, rows in self.dropped.items():
+            shown = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+            parts.append(f"{len(rows)} dropped, {reason} (row {shown})")
+        return "; ".join(parts)
+
+
+class Tally:
+    """Collects a `DataReport` row by row."""
+
+    def __init__(self) -> None:
+        self._kept: list[int] = []
+        self._truncated: list[int] = []
+        self._dropped: dict[str, list[int]] = {}
+
+    def keep(self, row: int, *, truncated: bool = False) -> None:
+        self._kept.append(row)
+        if truncated:
+            self._truncated.append(row)
+
+    def drop(self, row: int, reason: str) -> None:
+        self._dropped.setdefault(reason, []).append(row)
+
+    def report(self) -> DataReport:
+        """The report.
+
+        Raises:
+            UserInputError: no row was kept.
+        """
+        dropped = {reason: tuple(rows) for reason, rows in self._dropped.items()}
+        report = DataReport(tuple(self._kept), dropped, tuple(self._truncated))
+        if not report.kept:
+            raise UserInputError(
+                f"no row can be used: {report.summary()}. Raise the token limit, or look at the "
+                "data's columns"
+            )
+        return report

@@ -1,0 +1,37 @@
+"""Saving a trained policy as a plain model directory that anything can load."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write weights, tokenizer, chat template and generation config in Hugging Face format.
+
+    A LoRA policy is merged on a copy, in float32 with one rounding at the end (merging in bf16
+    drifts by 0.06 a cycle), and its adapter is written beside it under `adapter/`. The policy in
+    memory is untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plain: Any = model
+    if hasattr(model, "merge_and_unload"):
+        plain.save_pretrained(folder / "adapter")
+        plain = merged_copy(model)
+    # Training runs without a cache; whoever loads the model to generate wants one.
+    was_cached = plain.config.use_cache
+    plain.config.use_cache = True
+    try:
+        plain.save_pretrained(folder)
+    finally:
+        plain.config.use_cache = was_cached
+    tokenizer.save_pretrained(folder)
+
+
+def merged_copy(model: Any) -> Any:
+    """The base model with the adapter added to its weights, in the base's dtype."""
+    dtype = next(model.parameters()).dtype
+    return copy.deepcopy(model).float().merge_and_unload().to(dtype)

@@ -1,0 +1,189 @@
+"""One run, from a checked recipe to saved weights and verified expectations."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from alignment import registry
+from alignment.config.load import dump_recipe
+from alignment.config.schema import Recipe
+from alignment.distributed import Distributed
+from alignment.modeling.export import save_policy
+from alignment.runs.checkpoint import latest_checkpoint, load_checkpoint
+from alignment.runs.directory import RunDirectory
+from alignment.runs.events import EventLog
+from alignment.runs.expect import verify_run
+from alignment.runs.files import write_atomic
+from alignment.runs.lineage import run_info
+from alignment.runs.rewind import rewind
+from alignment.trainers.context import Trainer, TrainingContext
+from alignment.trainers.evaluation import Evaluator
+from alignment.trainers.loop import Loop, restore_state
+from alignment.trainers.setup import Fingerprints, build_context
+from alignment.types import AlignmentError, UserInputError
+
+EVENTS = "events.jsonl"
+FINISHED = "finished.json"
+"""Written last: its presence says that a run is complete."""
+
+
+def train(
+    recipe: Recipe, *, resume: str = "auto", command: Sequence[str] = (), parents: Any = ()
+) -> RunDirectory:
+    """Train a recipe to the end and leave `runs/NAME/`.
+
+    Args:
+        resume: `auto` goes on with a run of this name and recipe; `never` refuses a name that
+            exists; anything else is a checkpoint folder to go on from.
+        command: what to note as the command in `run.json`.
+        parents: run folders this run starts from.
+
+    Raises:
+        UserInputError: the recipe, its data or model, or the run's name are not usable.
+        AlignmentError: training stopped for a stated reason, or expectations failed at the end.
+    """
+    path = Path(recipe.run.dir) / recipe.run.name
+    recipe_yaml = dump_recipe(recipe)
+    exists = path.exists()
+    if exists:
+        check_resumable(path, recipe_yaml, resume)
+        if (path / FINISHED).is_file():
+            Console().print(f"{path} is finished already; nothing to do")
+            return RunDirectory.open(path)
+    distributed = Distributed()
+    torch.manual_seed(recipe.run.seed)
+    events = EventLog(
+        path / (f"events-rank{distributed.rank}.jsonl" if distributed.rank else EVENTS)
+    )
+    context, fingerprints, warnings = build_context(recipe, distributed, events)
+    trainer: Trainer = registry.get("trainer", recipe.algorithm.type)(context)
+    directory = _open_directory(
+        recipe, recipe_yaml, command, parents, fingerprints, distributed, exists
+    )
+    for warning in warnings:
+        events.write("warning", warning)
+    start = _resume(directory, trainer, context, resume) if exists else 0
+    context.events.write("start", f"training from step {start}", step=start)
+    try:
+        Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), start).run()
+        _finish(directory, context, trainer.total_steps)
+    finally:
+        if context.rewards is not None:
+            context.rewards.close()
+    return directory
+
+
+def check_resumable(path: Path, recipe_yaml: str, resume: str) -> None:
+    """Refuse to touch a run that is not this recipe's.
+
+    Raises:
+        UserInputError: the name is taken and resuming is off, or its recipe differs (shown).
+    """
+    if resume == "never":
+        raise UserInputError(
+            f"the run {path} exists already and is not overwritten; choose another run.name, go "
+            "on with it by --resume auto, or delete it"
+        )
+    old = RunDirectory.open(path).recipe.read_text(encoding="utf-8")
+    if old != recipe_yaml:
+        changes = difflib.unified_diff(
+            old.splitlines(), recipe_yaml.splitlines(), "the run's", "yours", lineterm="", n=1
+        )
+        raise UserInputError(
+            f"the run {path} was made with another recipe:\n"
+            + "\n".join(changes)
+            + "\nchoose another run.name, or delete the run"
+        )
+
+
+def _open_directory(
+    recipe: Recipe,
+    recipe_yaml: str,
+    command: Sequence[str],
+    parents: Any,
+    fingerprints: Fingerprints,
+    distributed: Distributed,
+    exists: bool,
+) -> RunDirectory:
+    """Rank 0 creates or takes up the folder; the others use it."""
+    path = Path(recipe.run.dir) / recipe.run.name
+    if distributed.is_main:
+        info = run_info(
+            recipe=recipe_yaml,
+            command=command,
+            seed=recipe.run.seed,
+            parents=[str(parent) for parent in parents],
+            model_hash=fingerprints.model,
+            tokenizer_hash=fingerprints.tokenizer,
+            template_hash=fingerprints.template,
+            data_hash=fingerprints.data,
+        )
+        RunDirectory.create(
+            recipe.run.dir, recipe.run.name, recipe_yaml=recipe_yaml, info=info, resume=exists
+        )
+    distributed.barrier()
+    return RunDirectory.open(path)
+
+
+def _resume(
+    directory: RunDirectory, trainer: Trainer, context: TrainingContext, resume: str
+) -> int:
+    """Restore the newest valid checkpoint (or the named one), and drop what came after it."""
+    if resume == "auto":
+        path = latest_checkpoint(directory.checkpoints_dir)
+    else:
+        path = Path(resume)
+    step = 0
+    if path is not None:
+        step = restore_state(trainer, context, load_checkpoint(path))
+    if context.distributed.is_main:
+        rewind(directory, step)
+        source = path.name if path else "the start: no checkpoint was saved"
+        context.events.write("resume", f"resumed from {source}", step=step)
+    context.distributed.barrier()
+    return step
+
+
+def _finish(directory: RunDirectory, context: TrainingContext, steps: int) -> None:
+    """Save the model, check expectations, write the report."""
+    if not context.distributed.is_main:
+        return
+    save_policy(context.policy.model, context.tokenizer, directory.model_dir)
+    context.events.write("end", f"finished after {steps} steps")
+    write_atomic(directory.path / FINISHED, json.dumps({"steps": steps}) + "\n")
+    write_report(directory)
+    check_expectations(directory)
+
+
+def write_report(directory: RunDirectory) -> None:
+    """Write `report.html`, where a report of that kind is installed, and say where it is."""
+    if "html" in registry.names("report"):
+        path = registry.get("report", "html")(directory.path)
+        Console().print(f"report: {path}", soft_wrap=True)
+
+
+def check_expectations(directory: RunDirectory) -> None:
+    """Print what the recipe expected and what came.
+
+    Raises:
+        AlignmentError: something expected did not come; everything is saved all the same.
+    """
+    results = verify_run(directory.path)
+    for result in results:
+        mark = "met" if result.passed else "NOT MET"
+        Console().print(
+            f"expect {mark}: {result.text}  ({result.detail})", markup=False, soft_wrap=True
+        )
+    n_failed = sum(not result.passed for result in results)
+    if n_failed:
+        raise AlignmentError(
+            f"{n_failed} of {len(results)} expectations of the recipe were not met; the run is "
+            f"complete and saved in {directory.path}"
+        )
