@@ -16,7 +16,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any, Literal, TypeVar, get_args
 
 from alignment.types import UserInputError
@@ -145,6 +145,27 @@ def _builtin(kind: str) -> dict[str, str]:
 @cache
 def _entry_points(kind: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for point in entry_points(group=f"alignment.{kind}"):
-        found.setdefault(point.name, []).append(point.value)
+    for point in _announced():
+        if point.group == f"alignment.{kind}":
+            found.setdefault(point.name, []).append(point.value)
     return found
+
+
+@cache
+def _announced() -> tuple[EntryPoint, ...]:
+    """The entry points of installed packages in our groups.
+
+    Not by `importlib.metadata.entry_points`: of two descriptions of one package it takes the first
+    on the path, which is what an older build left in a source folder (egg-info) as soon as that
+    folder is the current one.
+    """
+    chosen: dict[str, tuple[bool, list[EntryPoint]]] = {}
+    for package in distributions():
+        points = [point for point in package.entry_points if point.group.startswith("alignment.")]
+        if not points:
+            continue
+        name = package.name.lower().replace("_", "-")
+        installed = package.read_text("METADATA") is not None
+        if name not in chosen or (installed and not chosen[name][0]):
+            chosen[name] = (installed, points)
+    return tuple(point for _, points in chosen.values() for point in points)

@@ -205,6 +205,8 @@ def _training_chart(run: RunData, curves: _Curves, left: dict[str, None]) -> Cha
             more = ", ..." if len(broken) > 5 else ""
             notes.append(f"No finite {legend} at step {', '.join(broken[:5])}{more}.")
         series.append(one)
+    # Lines that stay at zero say little next to others: outcomes that never happen.
+    series = [one for one in series if any(one.y)] or series[:1]
     if not series:
         return None
     size = _bucket_size(len(run.metrics))

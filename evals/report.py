@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ def _comparisons(run: RunData) -> Iterable[Comparison]:
             continue
         try:
             ends = {f"step {one.step}": EvalResult.load(one.path) for one in (steps[0], steps[-1])}
-            yield compare(ends)
+            yield replace(compare(ends), task=task)
         except AlignmentError as error:
             run.problems.append(str(error))
 

@@ -8,6 +8,7 @@ a seed and gives the same answer every time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,7 @@ class PairedDifference:
 
 
 def problem_means(
-    values: npt.ArrayLike, problems: npt.ArrayLike
+    values: npt.ArrayLike, problems: Sequence[object]
 ) -> tuple[npt.NDArray[np.object_], FloatArray, npt.NDArray[np.int64]]:
     """One mean per problem, in order of first appearance.
 
@@ -57,8 +58,7 @@ def problem_means(
         the problems, the mean of `values` in each, and how many values each had.
     """
     index: dict[object, int] = {}
-    ids = np.asarray(problems, dtype=object)
-    rows = np.array([index.setdefault(problem, len(index)) for problem in ids], dtype=np.int64)
+    rows = np.array([index.setdefault(problem, len(index)) for problem in problems], dtype=np.int64)
     counts = np.bincount(rows, minlength=len(index))
     sums = np.bincount(rows, weights=_vector(values), minlength=len(index))
     names = np.empty(len(index), dtype=object)

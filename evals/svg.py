@@ -97,7 +97,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     """Labels with just the decimals that tell neighbouring ticks apart."""
     step = min((b - a for a, b in pairwise(values)), default=1.0)
     largest = max(abs(value) for value in values)
-    if largest >= 1e6 or step < 1e-4:
+    if largest >= 1e6 or 0 < largest < 1e-3:
         digits = max(0, math.floor(math.log10(largest)) - math.floor(math.log10(step) + 1e-9))
         labels = ["0" if abs(value) < step / 2 else f"{value:.{digits}e}" for value in values]
         return [label.replace("e-0", "e-").replace("e+0", "e+") for label in labels]

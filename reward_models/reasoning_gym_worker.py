@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import importlib
 import json
 import re
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import reasoning_gym
 import sympy  # type: ignore[import-untyped]
 
 _LITERALS = (
@@ -48,8 +48,7 @@ def grade(request: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _checker(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
-    module = importlib.import_module("reasoning_gym")
-    dataset = module.create_dataset(task, **json.loads(options))
+    dataset = reasoning_gym.create_dataset(task, **json.loads(options))
     _close_openings()
     checker: Callable[[str, dict[str, Any]], float] = dataset.score_answer
     return checker

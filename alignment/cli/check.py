@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -27,11 +27,12 @@ def describe(config: Recipe | PipelineRecipe) -> str:
     pipeline_type: type[PipelineRecipe] = lazy("alignment.config:PipelineRecipe")
     if isinstance(config, pipeline_type):
         return _describe_pipeline(config)
-    counts = lazy("alignment.config:describe_counts")(config)
-    cautions = lazy("alignment.config:cautions")(config)
-    rows = [*_parts(config), *(("counts", line) for line in counts)]
+    recipe = cast("Recipe", config)
+    counts = lazy("alignment.config:describe_counts")(recipe)
+    cautions = lazy("alignment.config:cautions")(recipe)
+    rows = [*_parts(recipe), *(("counts", line) for line in counts)]
     rows += [("caution", line) for line in cautions]
-    return f"{config.run.name}: the recipe is valid\n{table(rows)}"
+    return f"{recipe.run.name}: the recipe is valid\n{table(rows)}"
 
 
 def _describe_pipeline(pipeline: PipelineRecipe) -> str:

@@ -56,11 +56,11 @@ class PluginSection(Section):
 
 
 def _clashes(factory: Any, keys: Mapping[str, str]) -> Iterator[InitErrorDetails]:
-    """Options of a plug-in that no recipe could set, since the section has a key of that name."""
-    for name in inspect.signature(factory).parameters:
-        if name in keys:
+    """Options a plug-in cannot do without, but that mean something else in its section."""
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if name in keys and parameter.default is inspect.Parameter.empty:
             yield problem(
                 ("type",),
-                f"the plug-in takes an option {name!r}, but here {name!r} means something else; "
+                f"the plug-in needs an option {name!r}, but here {name!r} means something else; "
                 "its author has to rename it",
             )

@@ -289,6 +289,8 @@ class LimitsConfig(Section):
     """Updates in a row that may be skipped for a loss or gradient that is not finite."""
     logprob_gap: Positive = 0.5
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probability."""
+    idle_steps: PositiveCount = 5
+    """Steps in a row in which nothing could be learned (no spread of reward, zero gradient)."""
 
 
 def parsed_expectation(text: str) -> str:

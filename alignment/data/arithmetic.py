@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from itertools import pairwise
 from typing import Literal
@@ -18,7 +17,6 @@ _SIGNS: dict[str, tuple[str, ...]] = {
     "multiply": ("*",),
     "mixed": ("+", "-", "*"),
 }
-_HELD_OUT_BUCKETS = 1000
 
 
 def arithmetic(
@@ -28,8 +26,6 @@ def arithmetic(
     high: int = 20,
     size: int | None = None,
     seed: int = 0,
-    split: Literal["train", "held_out"] = "train",
-    held_out: float = 0.1,
     question: str = "What is {expression}?",
 ) -> list[Row]:
     """Distinct problems such as "What is 7 + 12?", in an order given by `seed`.
@@ -41,56 +37,39 @@ def arithmetic(
     Difficulty grows with `high`, with `operands`, and from `add` over `subtract` and `multiply` to
     `mixed`, which draws each sign from +, - and *, with * binding closer.
 
-    Whether a problem is held out depends on the problem alone, never on `seed` or `size`, and
-    problems that differ only in the order of a commutative operation fall on the same side: the
-    two splits never overlap, whatever the other options are.
+    Problems that differ only in the order of a commutative operation have the same `split_key`, so
+    that a held-out split never has a problem whose mirror image is trained on.
 
     Args:
         operation: the sign between operands.
         operands: how many, 2 or more.
         low: smallest operand.
         high: largest operand.
-        size: number of rows; all problems of the split if left out.
+        size: number of rows; all problems if left out.
         seed: of the choice and order of problems.
-        split: `train` or `held_out`.
-        held_out: share of all problems that is held out.
         question: the wording; `{expression}` is replaced.
 
     Raises:
         UserInputError: an option out of range, or fewer distinct problems than `size`.
     """
-    _check(operands, low, high, size, held_out, question)
+    _check(operands, low, high, size, question)
     signs = _SIGNS[operation]
     total = (high - low + 1) ** operands * len(signs) ** (operands - 1)
     if size is None and total > 1_000_000:
         raise UserInputError(f"arithmetic: there are {total} problems; set size")
     wanted = total if size is None else size
     rows: list[Row] = []
-    for number in random.Random(seed).sample(
-        range(total), _n_drawn(wanted, total, split, held_out)
-    ):
-        problem = _problem(number, operands, low, high, signs)
-        if len(rows) < wanted and _is_held_out(problem, held_out) == (split == "held_out"):
-            rows.append(_row(problem, question))
-    if not rows or (size is not None and len(rows) < size):
+    if not 0 < wanted <= total:
         raise UserInputError(
-            f"arithmetic: {len(rows)} distinct problems in the split {split!r}, {size or 'some'} "
-            "asked for; lower size, widen low..high, or change held_out"
+            f"arithmetic: {total} distinct problems, {wanted} asked for; lower size, or widen "
+            "low..high"
         )
+    for number in random.Random(seed).sample(range(total), wanted):
+        rows.append(_row(_problem(number, operands, low, high, signs), question))
     return rows
 
 
 Problem = tuple[tuple[int, ...], tuple[str, ...]]
-
-
-def _n_drawn(wanted: int, total: int, split: str, held_out: float) -> int:
-    """How many problems to look at so that `wanted` of them fall into the split."""
-    share = held_out if split == "held_out" else 1.0 - held_out
-    if share <= 0.0:
-        return 0
-    # Eight standard deviations of a binomial count, and the whole space where it is small.
-    expected = wanted / share
-    return min(total, int(expected + 8 * (expected / share) ** 0.5) + 64)
 
 
 def _problem(number: int, operands: int, low: int, high: int, signs: tuple[str, ...]) -> Problem:
@@ -103,12 +82,6 @@ def _problem(number: int, operands: int, low: int, high: int, signs: tuple[str, 
         number, digit = divmod(number, len(signs))
         chosen.append(signs[digit])
     return tuple(values), tuple(chosen)
-
-
-def _is_held_out(problem: Problem, held_out: float) -> bool:
-    digest = hashlib.sha256(repr(_canonical(problem)).encode()).digest()
-    bucket = int.from_bytes(digest[:8], "big") % _HELD_OUT_BUCKETS
-    return bucket < round(held_out * _HELD_OUT_BUCKETS)
 
 
 def _canonical(problem: Problem) -> object:
@@ -130,6 +103,7 @@ def _row(problem: Problem, question: str) -> Row:
         "answer": steps[-1],
         "completion": "\n".join(f"{before} = {after}" for before, after in pairwise(steps)),
         "expression": steps[0],
+        "split_key": repr(_canonical(problem)),
     }
 
 
@@ -155,16 +129,12 @@ def _expression(values: list[int], signs: list[str]) -> str:
     return " ".join(parts)
 
 
-def _check(
-    operands: int, low: int, high: int, size: int | None, held_out: float, question: str
-) -> None:
+def _check(operands: int, low: int, high: int, size: int | None, question: str) -> None:
     if operands < 2:
         raise UserInputError(f"arithmetic: operands is {operands}; give 2 or more")
     if low > high:
         raise UserInputError(f"arithmetic: low ({low}) is above high ({high}); swap them")
     if size is not None and size < 1:
         raise UserInputError(f"arithmetic: size is {size}; give 1 or more")
-    if not 0.0 <= held_out < 1.0:
-        raise UserInputError(f"arithmetic: held_out is {held_out}; give a share from 0 to below 1")
     if "{expression}" not in question:
         raise UserInputError("arithmetic: question has no {expression} to put the problem in")

@@ -94,7 +94,8 @@ def split_held_out(
 ) -> tuple[list[RowT], list[RowT]]:
     """Split rows into (kept, held out), `k` of them held out.
 
-    Rows that are the same, or with `by="prompt"` have the same prompt, stay on one side. Whether a
+    Rows that are the same, or with `by="prompt"` have the same prompt (or the same `split_key`,
+    where a source says which rows are one problem), stay on one side. Whether a
     row is held out depends on its content and the seed, not on its place; both parts keep the
     rows' order. Groups of equal rows can make the held-out part smaller than `k`, never larger.
 
@@ -123,7 +124,7 @@ def split_held_out(
 
 
 def _identity(row: Mapping[str, Any], by: str) -> str:
-    for column in ("prompt", "question") if by == "prompt" else ():
+    for column in ("split_key", "prompt", "question") if by == "prompt" else ():
         if column in row:
             return _digest(_canonical(row[column]))
     messages = row.get("messages")

@@ -55,7 +55,8 @@ class MasterWeightOptimizer:
             else:
                 master = parameter.detach().to(master_dtype)
                 self._masters[name] = master
-                parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
+                hooked: Any = parameter
+                hooked.register_post_accumulate_grad_hook(_accumulate_into(master))
         self._adamw = torch.optim.AdamW(
             list(self._masters.values()),
             lr=options.lr,

@@ -7,7 +7,7 @@ fine-tuned, merged or edited before training starts has KL 0 to its reference at
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -168,7 +168,7 @@ def make_reference(
     mix: float = 1.0,
 ) -> Reference | None:
     """The reference of a mode's name; None for `none` and `precomputed`, which score nothing."""
-    table = {
+    table: dict[str, Callable[[], Reference | None]] = {
         "adapter_off": lambda: AdapterOff(model),
         "frozen_copy": lambda: FrozenCopy(model, dtype=dtype, device=device),
         "synced": lambda: Synced(model, every=every, mix=mix),

@@ -19,7 +19,7 @@ from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.sampling import sampling_params
-from alignment.trainers.setup import build_context
+from alignment.trainers.setup import assemble, load_parts
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -140,7 +140,7 @@ def evaluate_model(
     )
     recipe = recipe.model_copy(update={"model": settings})
     events = EventLog(os.devnull)
-    context, _, _ = build_context(recipe, Distributed(), events)
+    context = assemble(load_parts(recipe), Distributed(), events)
     view = replace(eval_context(context), seed=seed)
     try:
         return {task.name or task.type: make_task(task).run(view) for task in tasks}

@@ -15,7 +15,7 @@ The variants differ in one place each:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ from alignment.trainers.group_relative import ADVANTAGES, POLICY_LOSSES, KLTerm,
 from alignment.trainers.monitor import RolloutMonitor
 from alignment.trainers.sampling import sampling_params
 from alignment.trainers.update import Updater, record, record_masked
-from alignment.types import Prompt, Rollout, Sample, UserInputError
+from alignment.types import Prompt, Rollout, Sample, SamplingParams, UserInputError
 
 
 class GRPOTrainer:
@@ -54,7 +54,9 @@ class GRPOTrainer:
             raise UserInputError("rewards: GRPO learns from rewards; list at least one")
         if not context.prompts:
             raise UserInputError("data: there is no prompt to train on")
+        assert context.recipe.rollout is not None
         self.config = config
+        self.rollout_config = context.recipe.rollout
         self.context = context
         self.rewards = context.rewards
         self.policy = context.policy
@@ -155,7 +157,8 @@ class GRPOTrainer:
             advantage = advantages[part][rows].to(own.device)
             loss = POLICY_LOSSES[config.loss.type](own, old, advantage, scores.mask, config.loss)
             per_token = loss.per_token + self.kl.loss(scores, experience, part.start, rows, metrics)
-            if config.entropy_coef and scores.entropies is not None:
+            assert scores.entropies is not None
+            if config.entropy_coef:
                 per_token = per_token - config.entropy_coef * scores.entropies
             record(metrics, loss.metrics, "policy/")
             record_masked(metrics, "policy/entropy", scores.entropies, scores.mask)
@@ -180,18 +183,20 @@ class GRPOTrainer:
             len(rollout.items), self.config.updates_per_step, rollout.group_size
         )
 
-    def sampling(self, step: int) -> Any:
-        recipe = self.context.recipe
+    def sampling(self, step: int) -> SamplingParams:
         return sampling_params(
-            recipe.rollout, n=self.config.group_size, seed=recipe.run.seed, step=step
+            self.rollout_config,
+            n=self.config.group_size,
+            seed=self.context.recipe.run.seed,
+            step=step,
         )
 
-    def global_count(self, samples: list[Sample]) -> float:
+    def global_count(self, samples: Sequence[Sample]) -> float:
         """What the loss of a minibatch is divided by, over all ranks."""
         tokens, sequences = self.distributed.sum(
             [sum(s.n_loss_tokens for s in samples), sum(s.n_loss_tokens > 0 for s in samples)]
         )
-        divisor = self.config.constant_divisor or self.context.recipe.rollout.max_new_tokens
+        divisor = self.config.constant_divisor or self.rollout_config.max_new_tokens
         counts = {"token": tokens, "sequence": sequences, "constant": sequences * divisor}
         return counts[self.config.reduction]
 

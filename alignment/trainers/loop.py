@@ -177,9 +177,9 @@ def restore_state(trainer: Trainer, context: TrainingContext, state: Mapping[str
 def _stop_requests() -> Iterator[list[int]]:
     """A list that a first SIGINT or SIGTERM is put into; a second one acts as usual."""
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
     try:
-        previous = {number: signal.getsignal(number) for number in signals}
+        previous: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
 
         def note(number: int, _: FrameType | None) -> None:
             received.append(number)

@@ -88,7 +88,7 @@ def _compare(
 
     Held-out problems, rewards and sampling are those of the last stage that has rewards.
     """
-    recipe = next(r for r in reversed(recipes.values()) if r.rewards)
+    recipe = next(r for r in reversed(list(recipes.values())) if r.rewards)
     models = {"base": next(iter(recipes.values())).model.path}
     models |= {name: output["model"] for name, output in outputs.items()}
     results: dict[str, Mapping[str, Any]] = {}

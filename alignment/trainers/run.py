@@ -26,10 +26,9 @@ from alignment.runs.rewind import rewind
 from alignment.trainers.context import Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
 from alignment.trainers.loop import Loop, restore_state
-from alignment.trainers.setup import Fingerprints, build_context
+from alignment.trainers.setup import Loaded, assemble, load_parts
 from alignment.types import AlignmentError, UserInputError
 
-EVENTS = "events.jsonl"
 FINISHED = "finished.json"
 """Written last: its presence says that a run is complete."""
 
@@ -59,16 +58,12 @@ def train(
             return RunDirectory.open(path)
     distributed = Distributed()
     torch.manual_seed(recipe.run.seed)
-    events = EventLog(
-        path / (f"events-rank{distributed.rank}.jsonl" if distributed.rank else EVENTS)
-    )
-    context, fingerprints, warnings = build_context(recipe, distributed, events)
-    trainer: Trainer = registry.get("trainer", recipe.algorithm.type)(context)
-    directory = _open_directory(
-        recipe, recipe_yaml, command, parents, fingerprints, distributed, exists
-    )
-    for warning in warnings:
-        events.write("warning", warning)
+    loaded = load_parts(recipe)
+    directory = _open_directory(recipe, recipe_yaml, command, parents, loaded, distributed, exists)
+    own_log = directory.path / f"events-rank{distributed.rank}.jsonl"
+    events = EventLog(directory.events if distributed.is_main else own_log)
+    context = assemble(loaded, distributed, events)
+    trainer: Trainer = registry.get("trainer", algorithm_type(recipe))(context)
     start = _resume(directory, trainer, context, resume) if exists else 0
     context.events.write("start", f"training from step {start}", step=start)
     try:
@@ -78,6 +73,12 @@ def train(
         if context.rewards is not None:
             context.rewards.close()
     return directory
+
+
+def algorithm_type(recipe: Recipe) -> str:
+    """The name of the recipe's method."""
+    name: str = recipe.algorithm.type  # type: ignore[attr-defined]  # every section has one
+    return name
 
 
 def check_resumable(path: Path, recipe_yaml: str, resume: str) -> None:
@@ -108,7 +109,7 @@ def _open_directory(
     recipe_yaml: str,
     command: Sequence[str],
     parents: Any,
-    fingerprints: Fingerprints,
+    loaded: Loaded,
     distributed: Distributed,
     exists: bool,
 ) -> RunDirectory:
@@ -120,10 +121,10 @@ def _open_directory(
             command=command,
             seed=recipe.run.seed,
             parents=[str(parent) for parent in parents],
-            model_hash=fingerprints.model,
-            tokenizer_hash=fingerprints.tokenizer,
-            template_hash=fingerprints.template,
-            data_hash=fingerprints.data,
+            model_hash=loaded.fingerprints.model,
+            tokenizer_hash=loaded.fingerprints.tokenizer,
+            template_hash=loaded.fingerprints.template,
+            data_hash=loaded.fingerprints.data,
         )
         RunDirectory.create(
             recipe.run.dir, recipe.run.name, recipe_yaml=recipe_yaml, info=info, resume=exists
@@ -136,10 +137,7 @@ def _resume(
     directory: RunDirectory, trainer: Trainer, context: TrainingContext, resume: str
 ) -> int:
     """Restore the newest valid checkpoint (or the named one), and drop what came after it."""
-    if resume == "auto":
-        path = latest_checkpoint(directory.checkpoints_dir)
-    else:
-        path = Path(resume)
+    path = latest_checkpoint(directory.checkpoints_dir) if resume == "auto" else Path(resume)
     step = 0
     if path is not None:
         step = restore_state(trainer, context, load_checkpoint(path))

@@ -58,24 +58,33 @@ class Fingerprints:
 
 
 @dataclass(frozen=True, slots=True)
-class _Data:
+class TokenizedData:
+    """Training and held-out data in the form the method needs."""
+
     prompts: Sequence[Prompt] = ()
     samples: Sequence[Sample] = ()
     held_out_prompts: Sequence[Prompt] = ()
     held_out_samples: Sequence[Sample] = ()
 
 
-def build_context(
-    recipe: Recipe, distributed: Distributed, events: EventLog
-) -> tuple[TrainingContext, Fingerprints, list[str]]:
-    """Load model and data, and put the parts together.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a recipe names, in memory; `warnings` are what was noticed on the way."""
 
-    Returns:
-        the parts; what the run is made from; and warnings for the event log, whose folder does
-        not exist yet.
+    recipe: Recipe
+    tokenizer: Any
+    model: Any
+    rewards: CompositeReward | None
+    data: TokenizedData
+    fingerprints: Fingerprints
+    warnings: Sequence[str]
+
+
+def load_parts(recipe: Recipe) -> Loaded:
+    """Load model, data and rewards.
 
     Raises:
-        UserInputError: model, data or rewards are not usable, with the remedy.
+        UserInputError: one of them is not usable, with the remedy.
     """
     warnings: list[str] = []
     train_rows, held_out_rows = load_rows(recipe.data)
@@ -89,26 +98,34 @@ def build_context(
         template=template_hash(tokenizer),
         data=data_hash([*train_rows, *held_out_rows]),
     )
-    model = model.to(distributed.device)
+    return Loaded(recipe, tokenizer, model, rewards, data, fingerprints, warnings)
+
+
+def assemble(loaded: Loaded, distributed: Distributed, events: EventLog) -> TrainingContext:
+    """Put loaded parts together; what was noticed while loading goes into the event log."""
+    recipe, data = loaded.recipe, loaded.data
+    model = loaded.model.to(distributed.device)
     policy = make_policy(recipe, model)
+    for warning in loaded.warnings:
+        events.write("warning", warning)
     if policy.backbone.plain_reason is not None:
         reason = policy.backbone.plain_reason
-        warnings.append(f"padded rows without shared prompts are used: {reason}")
+        events.write("warning", f"padded rows without shared prompts are used: {reason}")
     optim = recipe.optim
     optimizer = MasterWeightOptimizer(
         trainable(model),
         AdamWOptions(optim.lr, optim.betas, optim.eps, optim.weight_decay),
         master_dtype=_DTYPES.get(recipe.model.master_dtype),
     )
-    context = TrainingContext(
+    return TrainingContext(
         recipe=recipe,
         distributed=distributed,
         events=events,
-        tokenizer=tokenizer,
+        tokenizer=loaded.tokenizer,
         policy=policy,
         optimizer=optimizer,
-        engine=make_engine(recipe.rollout, model, tokenizer),
-        rewards=rewards,
+        engine=make_engine(recipe.rollout, model, loaded.tokenizer),
+        rewards=loaded.rewards,
         prompts=data.prompts,
         samples=data.samples,
         held_out_prompts=data.held_out_prompts,
@@ -119,7 +136,6 @@ def build_context(
             shuffle=recipe.data.shuffle,
         ),
     )
-    return context, fingerprints, warnings
 
 
 def load_rows(
@@ -207,7 +223,7 @@ def _tokenize(
     tokenizer: Any,
     model: Any,
     warnings: list[str],
-) -> _Data:
+) -> TokenizedData:
     """Rows as what the method trains on; what is dropped is a warning."""
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(recipe.algorithm, SFTConfig):
@@ -220,7 +236,7 @@ def _tokenize(
         }
         samples = _reported(build_samples(train_rows, tokenizer, **options), "training", warnings)
         held_out = build_samples(held_out_rows, tokenizer, **options) if held_out_rows else ((),)
-        return _Data(samples=samples, held_out_samples=held_out[0])
+        return TokenizedData(samples=samples, held_out_samples=held_out[0])
     options = {
         "system": recipe.data.system,
         "max_prompt_tokens": _prompt_limit(recipe, context_length),
@@ -229,7 +245,7 @@ def _tokenize(
     held_out_prompts = (
         build_prompts(held_out_rows, tokenizer, **options)[0] if held_out_rows else ()
     )
-    return _Data(prompts=prompts, held_out_prompts=held_out_prompts)
+    return TokenizedData(prompts=prompts, held_out_prompts=held_out_prompts)
 
 
 def _prompt_limit(recipe: Recipe, context_length: int | None) -> int | None:

@@ -162,7 +162,7 @@ class TestDamage:
 def test_a_renamed_checkpoint_is_not_another_step(tmp_path):
     path = save_checkpoint(tmp_path, 1, state_of(), keep=1)
     path.rename(tmp_path / "step-000009")
-    assert latest_checkpoint(tmp_path) is None
+    assert damaged(tmp_path / "step-000009")
     (tmp_path / "step-000009").rename(tmp_path / "mine")
     assert load_checkpoint(tmp_path / "mine")["step"] == 1
 
@@ -173,6 +173,14 @@ def test_a_later_format_is_named(tmp_path, monkeypatch):
         path = save_checkpoint(tmp_path, 1, state_of(), keep=1)
     with pytest.raises(AlignmentError, match="format 99"):
         load_checkpoint(path)
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_started_over(tmp_path):
+    for step in (1, 2):
+        (save_checkpoint(tmp_path, step, state_of(), keep=2) / "state.json").unlink()
+    with pytest.raises(AlignmentError, match=r"every checkpoint .*step-000002.*step-000001.*state"):
+        latest_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
 
 
 def test_nothing_there(tmp_path):

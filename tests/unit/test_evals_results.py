@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from alignment import registry
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -169,13 +168,16 @@ def no_scores(samples: Sequence[Sample]) -> TokenScores:
     raise AssertionError("this task scores nothing")
 
 
+SAMPLING = SamplingParams(64, n=2, temperature=0.7, seed=99, step=1234)
+
+
 @dataclass(frozen=True)
 class Context:
     engine: FakeEngine = field(default_factory=FakeEngine)
     prompts: Sequence[Prompt] = tuple(Prompt((1,), f"q{i}", 10 + i, {}) for i in range(3))
     samples: Sequence[Sample] = ()
     grade: Callable[[Sequence[tuple[Prompt, Completion]]], list[RewardedCompletion]] = grade
-    sampling: SamplingParams = SamplingParams(64, n=2, temperature=0.7, seed=99, step=1234)
+    sampling: SamplingParams = SAMPLING
     seed: int = 5
     score: Callable[[Sequence[Sample]], TokenScores] = no_scores
 
@@ -248,11 +250,6 @@ def test_losses_compare_by_token_weight() -> None:
     assert comparison.changes[0].difference == pytest.approx(-3 / 4, abs=1e-12)
     values = [model.value for model in comparison.models]
     assert comparison.changes[0].difference == pytest.approx(values[1] - values[0], abs=1e-12)
-
-
-def test_tasks_and_report_are_found_by_entry_points() -> None:
-    assert registry.load_target("evals.tasks:verifiable", "task") is verifiable
-    assert registry.load_target("evals.tasks:held_out_loss", "task") is held_out_loss
 
 
 def test_comparison_by_hand() -> None:

@@ -95,7 +95,7 @@ def test_reduce_rejects_what_has_no_meaning() -> None:
             reduce_loss(x, MASK, count=count)
     assert not reduce_loss(x, MASK & False, count=torch.tensor(0)).isfinite()
     with pytest.raises(UserInputError, match="did you mean 'sequence'"):
-        reduce_loss(x, MASK, mode="sequences", count=1)  # type: ignore[arg-type]
+        reduce_loss(x, MASK, mode="sequences", count=1)
     with pytest.raises(AlignmentError, match="mask has shape"):
         reduce_loss(x, MASK[:1], count=1)
 

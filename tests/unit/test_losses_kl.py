@@ -72,7 +72,7 @@ def test_kl_full_with_impossible_tokens_and_a_mask() -> None:
 
 def test_unknown_estimator() -> None:
     with pytest.raises(UserInputError, match="unknown KL estimator 'k4'"):
-        kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), estimator="k4")  # type: ignore[arg-type]
+        kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), estimator="k4")
 
 
 def test_fixed_controller() -> None:

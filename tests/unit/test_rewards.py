@@ -172,7 +172,7 @@ def test_an_exception_costs_only_the_samples_that_raise_it() -> None:
     scores = FunctionReward("r", reward, {})([make_item("ab"), make_item(""), make_item("abcd")])
     assert values(scores) == [0.5, None, 0.25]
     assert scores[1] is not None and scores[1].outcome is Outcome.CRASH
-    assert scores[1].detail == "reward 'r' raised ZeroDivisionError: division by zero"
+    assert scores[1].detail.startswith("reward 'r' raised ZeroDivisionError: ")
 
 
 def test_a_class_based_reward_is_under_the_same_rules() -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl and events.jsonl: valid JSON, each step once, torn lines survived."""
 
 import errno
+import io
 import json
 import logging
 import math
@@ -155,10 +156,11 @@ def test_every_torn_last_line_is_left_out_and_overwritten(tmp_path):
         assert [record["step"] for record in strict_lines(path)] == list(range(1, complete + 2))
 
 
-def test_damage_before_the_last_line_is_an_error_with_the_line(tmp_path):
-    (tmp_path / "m").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(AlignmentError, match="line 2"):
-        read_metrics(tmp_path / "m")
+def test_damage_to_a_line_with_its_line_end_is_an_error_with_the_line(tmp_path):
+    for rest in ('{"step": 3}\n', '{"st', ""):
+        (tmp_path / "m").write_text('{"step": 1}\n{"st\n' + rest)
+        with pytest.raises(AlignmentError, match="line 2"):
+            read_metrics(tmp_path / "m")
 
 
 def test_a_file_of_something_else_is_not_written_to(tmp_path):
@@ -236,6 +238,36 @@ def test_events_hold_time_kind_message_and_fields(tmp_path):
     assert str(tmp_path) in first["path"]
     assert (second["steps"], second["nested"]) == ([1, 2], {"a": "inf"})
     assert read_events(tmp_path / "e") == [first, second]
+
+
+def test_events_before_there_is_a_folder_are_written_once_there_is_one(tmp_path):
+    path = tmp_path / "run" / "events.jsonl"
+    log = EventLog(path)
+    log.write("warning", "early")
+    assert not path.parent.exists()
+    path.parent.mkdir()
+    log.write("start", "now")
+    log.close()
+    assert [event["message"] for event in read_events(path)] == ["early", "now"]
+    EventLog(tmp_path / "never" / "events.jsonl").close()
+
+
+def test_the_null_device_takes_events():
+    log = EventLog(os.devnull)
+    log.write("warning", "nobody reads this")
+    log.close()
+
+
+def test_opening_a_whole_file_does_not_touch_it(tmp_path, monkeypatch):
+    """Another process may append at that moment; only a torn file is mended."""
+    MetricsWriter(tmp_path / "m").write(1, {})
+    before = (tmp_path / "m").stat()
+    opened = []
+    monkeypatch.setattr("builtins.open", lambda *a, **k: opened.append(a[1]) or io.BytesIO())
+    MetricsWriter(tmp_path / "m")
+    monkeypatch.undo()
+    assert opened == ["ab"]
+    assert (tmp_path / "m").stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_warnings_reach_the_logger_and_the_rest_does_not(tmp_path, caplog):
