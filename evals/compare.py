@@ -136,6 +136,20 @@ def compare(results: Mapping[str, EvalResult], *, seed: int = 0) -> Comparison:
     )
 
 
+def compare_in_run(results: Mapping[str, EvalResult], run_dir: Path, task: str) -> str:
+    """Compare the models of a pipeline, save it all in its run directory, and give the table.
+
+    Writes `comparison.json` (`comparison-TASK.json` where there is one already) and
+    `evals/MODEL-TASK.json`; registered as report "comparison".
+    """
+    for name, result in results.items():
+        result.save(run_dir / "evals" / f"{name}-{task}.json")
+    comparison = compare(results)
+    first = run_dir / "comparison.json"
+    comparison.save(run_dir / f"comparison-{task}.json" if first.exists() else first)
+    return render_text(comparison)
+
+
 def render_text(comparison: Comparison) -> str:
     """The comparison as aligned plain-text tables for a terminal."""
     models, changes = table_rows(comparison)

@@ -8,6 +8,7 @@ math-verify 0.9 says "equal" in cases where it should not; each rule below refus
 * A percent sign divides by 100: 10% is 1/10, not 10.
 * Sets, tuples and intervals are equal where their elements are, under the same rules.
 * Text with an ellipsis ("1, 2, ..., n") has no value: it must be the same text.
+* A capital Greek letter is not the small one, which the parser takes it for.
 * An answer may not use an operation that the reference answer does without and that states a
   problem rather than solving it: sums, products, integrals, limits, derivatives, binomials...
 """
@@ -15,25 +16,30 @@ math-verify 0.9 says "equal" in cases where it should not; each rule below refus
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
 
+_CAPITALS = re.compile(
+    r"\\(Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega)(?![a-zA-Z])"
+)
 _DIGITS = 60
 _EQUAL_DIGITS = 40
 _MAX_UNORDERED = 6  # elements up to which sets are compared in every order
 _ELLIPSIS = re.compile(r"\\[lcd]?dots|\.\.\.|\u2026")
 _OPERATION = re.compile(
-    r"\\(sum|prod|i*nt|oint|lim|limsup|liminf|d?binom|tbinom|choose|gcd|lcm|max|min|sup|inf|det|frac\{d)"
-    r"(?![a-zA-Z])"
+    r"\\(?:sum|prod|i*nt|oint|lim|limsup|liminf|[dt]?binom|choose|gcd|lcm|max|min|sup|inf|det)"
+    r"(?![a-zA-Z])|\\[dt]?frac\s*\{d[^{}]*\}\s*\{d[a-zA-Z](?=[\s^}])"
 )
-_PROBES = (sympy.Rational(7, 5), sympy.Rational(19, 7), sympy.Rational(-13, 11))
+_TINY = sympy.Float(10, _DIGITS) ** -_EQUAL_DIGITS
+_PROBES = (sympy.Rational(7, 5), sympy.Rational(19, 7), sympy.Rational(13, 11))
 
 
 def grade(request: dict[str, Any]) -> str:
-    """ "correct", "wrong", "unparseable" (the answer) or "bad_gold" (the reference answer).
+    """Say `correct`, `wrong`, `unparseable` (the answer) or `bad_gold` (the reference answer).
 
     `request` has `gold` and `answer`, LaTeX or plain text without delimiters, and `tolerance`,
     the relative difference up to which two constants are equal (0: exactly).
@@ -45,6 +51,8 @@ def grade(request: dict[str, Any]) -> str:
     if gold_value is None:
         return "bad_gold"
     if set(_OPERATION.findall(answer)) - set(_OPERATION.findall(gold)):
+        return "wrong"
+    if set(_CAPITALS.findall(answer)) != set(_CAPITALS.findall(gold)):
         return "wrong"
     answer_value = _parsed(answer)
     if answer_value is None:
@@ -60,6 +68,7 @@ def _squeezed(text: str) -> str:
     return re.sub(r"\s+|\\[ ,;!]", "", _ELLIPSIS.sub("...", text))
 
 
+@lru_cache(maxsize=256)  # a group of completions shares its reference answer
 def _parsed(text: str) -> Any:
     """The sympy value of an answer, or None. Time limits are the parent's business."""
     found = parse(
@@ -91,11 +100,9 @@ def _equal(gold: Any, answer: Any, tolerance: float) -> bool:
             return compare(gold, answer, tolerance)
     if _is_constant(gold) and _is_constant(answer):
         return _constants_equal(gold, answer, tolerance)
-    if not verify(gold, answer, timeout_seconds=None):
-        return False
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
-        return _confirmed(gold, answer)
-    return True
+        return _expressions_equal(gold, answer)
+    return bool(verify(gold, answer, timeout_seconds=None))
 
 
 def _same_side(gold: Any, answer: Any) -> tuple[Any, Any]:
@@ -161,27 +168,30 @@ def _constants_equal(gold: Any, answer: Any, tolerance: float) -> bool:
     a, b = sympy.N(gold, _DIGITS), sympy.N(answer, _DIGITS)
     if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
         return False
-    allowed = max(sympy.Float(tolerance), sympy.Float(10, _DIGITS) ** -_EQUAL_DIGITS)
-    return bool(abs(a - b) <= allowed * abs(a))
+    return bool(abs(a - b) <= max(sympy.Float(tolerance), _TINY) * abs(a))
 
 
-def _confirmed(gold: Any, answer: Any) -> bool:
-    """Equality that math-verify found numerically, checked where its cut-off cannot hide a term."""
+def _expressions_equal(gold: Any, answer: Any) -> bool:
+    """Equality of expressions in variables: exactly where that is cheap, refuted where they differ
+    at some point, and otherwise by math-verify."""
     difference = sympy.expand(gold - answer)
     if difference.is_number:
         return difference == 0 or bool(difference.equals(0))
-    symbols = sorted(difference.free_symbols, key=str)
-    for shift, _ in enumerate(_PROBES):
-        point = {
-            symbol: _PROBES[(shift + place) % len(_PROBES)] + place
-            for place, symbol in enumerate(symbols)
-        }
+    names = isinstance(gold, sympy.Symbol) or isinstance(answer, sympy.Symbol)  # "abc" or a*b*c
+    if not names and _differ_somewhere(gold, answer):
+        return False
+    return bool(verify(gold, answer, timeout_seconds=None))
+
+
+def _differ_somewhere(gold: Any, answer: Any) -> bool:
+    symbols = sorted((gold - answer).free_symbols, key=str)
+    for probe in _PROBES:
+        point = {symbol: probe + place for place, symbol in enumerate(symbols)}
         a, b = sympy.N(gold.subs(point), _DIGITS), sympy.N(answer.subs(point), _DIGITS)
-        if a.is_finite and b.is_finite and a.is_number and b.is_number:
-            scale = max(abs(a), abs(b))
-            if abs(a - b) > scale * sympy.Float(10, _DIGITS) ** -_EQUAL_DIGITS:
-                return False
-    return True
+        known = a.is_number and b.is_number and a.is_finite and b.is_finite
+        if known and abs(a - b) > max(abs(a), abs(b)) * _TINY:
+            return True
+    return False
 
 
 # The first parse builds the parser's tables: part of starting up, not of the first check.

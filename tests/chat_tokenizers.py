@@ -21,14 +21,14 @@ from alignment.modeling.tiny import CHATML, byte_tokenizer
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "<unk>"]
 CORPUS = [
     "user system assistant <|im_start|> <think> </think> yes no hello world what is the answer",
-    "the quick brown fox jumps over the lazy dog\n\nand\nthen\n\n1 + 2 = 3. 12 * 34?",
+    "the quick brown fox jumps over the lazy dog\n\nand\nthen\n\n\n1 + 2 = 3. 12 * 34?",
 ] * 20
 
 TEMPLATES = {
     "chatml": CHATML,
     # Adds a system turn of its own, as SmolLM2 does.
-    "system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}"
-    "{% endif %}" + CHATML,
+    "system": "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}" + CHATML,
     # Begins with BOS, strips contents, and ends turns without a line break, as Llama 3 does.
     "trim": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + "
     "m['content'] | trim + '<|im_end|>' }}{% endfor %}"

@@ -7,7 +7,9 @@ text, `010` is ten. Dates stay text, merge keys and application tags are refused
 from __future__ import annotations
 
 import io
+import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,8 +98,8 @@ def to_yaml(data: Any) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # untyped in ruamel
-    yaml.allow_unicode = _LINE_BREAKS.isdisjoint(str(data))
-    yaml.width = 100
+    yaml.allow_unicode = _LINE_BREAKS.isdisjoint(json.dumps(data, ensure_ascii=False))
+    yaml.width = sys.maxsize  # the emitter loses a character where it folds some escaped texts
     stream = io.StringIO()
     yaml.dump(data, stream)
     return stream.getvalue()

@@ -19,7 +19,7 @@ def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plain: Any = model
     if hasattr(model, "merge_and_unload"):
-        plain.save_pretrained(folder / "adapter")
+        plain.save_pretrained(folder / "adapter", save_embedding_layers=False)
         plain = merged_copy(model)
     # Training runs without a cache; whoever loads the model to generate wants one.
     was_cached = plain.config.use_cache

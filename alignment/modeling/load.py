@@ -14,12 +14,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from alignment.modeling.catalog import catalog, resolve
 from alignment.modeling.tiny import CHATML
 from alignment.types import UserInputError
 
 logger = logging.getLogger(__name__)
+
+# A progress bar of transformers' for each file loaded or saved says nothing here.
+_hide_progress_bars: Any = disable_progress_bar
+_hide_progress_bars()
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,9 @@ class Loop:
         """
         trainer, recipe = self.trainer, self.context.recipe
         total = trainer.total_steps
-        writer = MetricsWriter(self.directory.metrics)
+        # Only rank 0 writes; the others hold a writer that goes nowhere.
+        is_main = self.context.distributed.is_main
+        writer = MetricsWriter(self.directory.metrics if is_main else os.devnull)
         with _stop_requests() as stop, self._progress(total) as progress:
             if self.start == 0 and recipe.eval.at_start:
                 self._write(writer, 0, self.evaluator.run(0))

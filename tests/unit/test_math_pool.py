@@ -185,7 +185,7 @@ def test_a_pool_that_nobody_holds_ends_its_workers() -> None:
         os.kill(worker, 0)
 
 
-# --- mathematics -----------------------------------------------------------------------------------
+# --- mathematics ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,10 @@ WRONG_POSITIVES = [
     ("x+\\frac{1}{2004!}", "x+\\frac{1}{2006!}"),
     ("\\{1, \\frac{1}{3}\\}", "\\{1, 0.333333\\}"),
     ("(2^{-99}, \\pi)", "(2^{-98}, \\pi)"),
-    ("\\begin{pmatrix}\\frac{1}{3}\\\\2\\end{pmatrix}", "\\begin{pmatrix}0.333333\\\\2\\end{pmatrix}"),
+    (
+        "\\begin{pmatrix}\\frac{1}{3}\\\\2\\end{pmatrix}",
+        "\\begin{pmatrix}0.333333\\\\2\\end{pmatrix}",
+    ),
     ("Evelyn", "nylevE"),
 ]
 
@@ -255,6 +258,9 @@ def test_and_the_right_answers_to_them_are_right(math: MathReward, gold: str, an
         ("1+2i", "2i+1"),
         ("12\\pi \\text{ cm}", "12\\pi"),
         ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\\\frac{4}{2}\\end{pmatrix}"),
+        ("\\frac{1}{4}d^2", "\\frac{d^2}{4}"),
+        ("\\tan x", "\\frac{\\sin x}{\\cos x}"),
+        ("2\\Delta + 1", "1 + 2\\Delta"),
         ("\\text{(B)}", "B"),
         ("New York", "\\text{new york}"),
         ("$\\frac{1}{2}$", "0.5"),
@@ -281,6 +287,8 @@ def test_equal_answers_are_correct(math: MathReward, gold: Any, answer: str) -> 
         ("x", "y"),
         ("x = \\pi", "y = \\pi"),
         ("\\Delta", "\\delta"),
+        ("2\\Delta + 1", "1 + 2\\delta"),
+        ("f(x)", "f(x) + 1"),
         ("\\pi", "\\pi, 3"),
         ("x^2", "x^3"),
         ("\\frac{\\pi}{4}", "\\int_0^1 \\frac{1}{1+x^2} dx"),
@@ -339,13 +347,13 @@ def test_nonsense_in_the_box_is_unparseable(math: MathReward) -> None:
 
 @pytest.mark.parametrize("gold", ["\\foo{3", "", None, True, [1]])
 def test_an_unreadable_reference_is_the_users_mistake(math: MathReward, gold: Any) -> None:
-    with pytest.raises(UserInputError, match="prompt 12.*'answer'"):
+    with pytest.raises(UserInputError, match=r"prompt 12.*'answer'"):
         math([make_item(gold, "\\boxed{3}", 12)])
 
 
 def test_a_missing_column_is_named(math: MathReward) -> None:
     reward = MathReward(answer_column="solution")
-    with pytest.raises(UserInputError, match="lacks the column 'solution'.*columns: answer"):
+    with pytest.raises(UserInputError, match=r"lacks the column 'solution'.*columns: answer"):
         reward([make_item("3", "3")])
 
 

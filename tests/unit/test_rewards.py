@@ -136,7 +136,7 @@ def test_returning_no_list_is_a_programming_error(returned: Any) -> None:
 
 def test_a_score_of_the_wrong_type_names_the_sample() -> None:
     reward = FunctionReward("r", lambda completions: [1.0, "good"], {})
-    with pytest.raises(RewardError, match="'r' returned 'good' .str. for sample 4 of prompt 9"):
+    with pytest.raises(RewardError, match=r"'r' returned 'good' .str. for sample 4 of prompt 9"):
         reward([make_item("a"), make_item("b", 9, 4)])
 
 
@@ -360,7 +360,7 @@ def test_truncated_completions(treatment: str, expected: list[float | None]) -> 
 
 
 def test_unknown_treatment_is_refused() -> None:
-    with pytest.raises(UserInputError, match="unknown treatment 'drop'.*mask"):
+    with pytest.raises(UserInputError, match=r"unknown treatment 'drop'.*mask"):
         shape_truncated([1.0], [StopReason.STOP], treatment="drop")
 
 

@@ -202,7 +202,7 @@ def test_fractions_out_of_lowest_terms_are_marked(text: str) -> None:
     assert number is not None and not number.canonical
 
 
-# --- number, exact ---------------------------------------------------------------------------------
+# --- number, exact -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,16 @@ def test_reasoning_gym_literals_still_count(gym: ReasoningGymReward) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["open('x')", "().__class__", "[x for x in [1]]", "a", "(1).real", "[1][0]", "lambda: 1", "f'{1}'"],
+    [
+        "open('x')",
+        "().__class__",
+        "[x for x in [1]]",
+        "a",
+        "(1).real",
+        "[1][0]",
+        "lambda: 1",
+        "f'{1}'",
+    ],
 )
 def test_safe_eval_refuses_everything_but_literals(text: str) -> None:
     with pytest.raises(ValueError, match="not allowed"):
@@ -438,12 +447,14 @@ def test_reasoning_gym_refuses_other_rows(gym: ReasoningGymReward) -> None:
 
 
 def test_no_reward_module_imports_what_is_heavy() -> None:
-    modules = "math exact format length regex sentiment reasoning_gym pool answers verifier".split()
+    modules = ["math", "exact", "format", "length", "regex", "sentiment", "reasoning_gym", "pool"]
     program = (
         "import sys, importlib, alignment.rewards.compose\n"
         f"for name in {modules!r}: importlib.import_module('reward_models.' + name)\n"
         "heavy = {'torch', 'transformers', 'sympy', 'math_verify', 'numpy', 'vaderSentiment'}\n"
         "print(sorted(heavy & set(sys.modules)), 'reasoning_gym' in sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert run.stdout.split("\n")[0] == "[] False", run.stderr

@@ -1,0 +1,24 @@
+"""Taking a run back to the step it resumes from, so that every step is recorded exactly once."""
+
+from __future__ import annotations
+
+from alignment.runs.checkpoint import discard_checkpoints_after
+from alignment.runs.directory import RunDirectory
+from alignment.runs.metrics import MetricsWriter
+from alignment.runs.samples import SampleRecorder
+
+
+def rewind(run: RunDirectory, step: int) -> None:
+    """Drop the metrics, samples and checkpoints of the steps after `step` (0: all of them).
+
+    Events stay: they tell what happened, the steps that are run again included. Call it before
+    a `MetricsWriter` of the run is opened.
+
+    Raises:
+        AlignmentError: something cannot be removed, with the reason.
+    """
+    discard_checkpoints_after(run.checkpoints_dir, step)
+    SampleRecorder(run.rollouts_dir).truncate_after(step)
+    metrics = MetricsWriter(run.metrics)
+    metrics.truncate_after(step)
+    metrics.close()

@@ -1,0 +1,1 @@
+"""What a package of plug-ins looks like: plain classes and functions, announced by entry points."""
