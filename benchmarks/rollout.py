@@ -1,6 +1,6 @@
 """Rollout speed: the native engine against transformers' generate and generate_batch.
 
-    python benchmarks/rollout.py                                  # random weights, SmolLM2-135M's shape
+    python benchmarks/rollout.py                # random weights in the shape of SmolLM2-135M
     python benchmarks/rollout.py --model PATH --device cuda --repeats 5
 
 Every engine is asked for the same completions: the same prompts, G for each, and the same number of
@@ -37,6 +37,11 @@ from transformers import (
 
 from alignment.rollout.native import NativeEngine
 from alignment.types import Prompt, SamplingParams
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def native(model: Any, work: Workload, max_rows: int) -> int:
     engine = NativeEngine(model, NoTokenizer(), max_rows=max_rows, stop_token_ids=())
     prompts = [Prompt(tuple(ids), "", i) for i, ids in enumerate(work.prompts)]
     params = SamplingParams(max_new_tokens=work.limit, n=work.group_size)
-    rows = engine.requests(prompts, params)
+    rows = engine.lay_out(prompts, params)
     for row, length in zip(rows, work.lengths, strict=True):
         row.limit = length
     engine.run(rows, params)
@@ -182,7 +187,7 @@ def measure(
                 raise RuntimeError(f"{name} delivered {delivered} of {sum(work.lengths)} tokens")
             if repeat >= args.warmup:
                 rates[name].append(delivered / seconds)
-                print(f"  {name:15s} {delivered / seconds:9.1f} tokens/s  ({seconds:.1f} s)", flush=True)
+                say(f"  {name:15s} {delivered / seconds:9.1f} tokens/s  ({seconds:.1f} s)")
     return rates
 
 
@@ -231,11 +236,11 @@ def decode_bandwidth(model: Any, work: Workload, max_rows: int) -> float:
 def report(rates: dict[str, list[float]]) -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, median in medians.items():
-        print(f"{name:15s} median {median:9.1f} tokens/s of {len(rates[name])} runs")
+        say(f"{name:15s} median {median:9.1f} tokens/s of {len(rates[name])} runs")
     others = {name: median for name, median in medians.items() if name != "native"}
     if "native" in medians and others:
         best = max(others, key=lambda name: others[name])
-        print(f"native / {best} = {medians['native'] / others[best]:.2f}")
+        say(f"native / {best} = {medians['native'] / others[best]:.2f}")
 
 
 def main() -> None:
@@ -260,12 +265,13 @@ def main() -> None:
     model = load_model(args.model, args.device, getattr(torch, args.dtype))
     work = make_workload(args, model.config.vocab_size)
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    print(
-        f"{datetime.date.today()}  {device or platform.machine()}, {torch.get_num_threads()} threads, "
+    say(
+        f"{datetime.date.today()}  {device or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    print(
+    say(
         f"{args.model} in {args.dtype}: {args.prompts} prompts of {args.prompt_length} tokens, "
         f"{args.group_size} completions each, {sum(work.lengths)} tokens in all "
         f"(mean {statistics.mean(work.lengths):.0f}, longest {max(work.lengths)})"
@@ -275,7 +281,7 @@ def main() -> None:
     report(measure(engines, model, work, args))
     reached = decode_bandwidth(model, work, args.max_rows)
     possible = copy_bandwidth(model.device)
-    print(
+    say(
         f"native decoding reads {reached / 1e9:.1f} GB/s of the {possible / 1e9:.1f} GB/s of a "
         f"large copy: {reached / possible:.0%}"
     )

@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 _CAPITALS = re.compile(

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 import reasoning_gym
-import sympy  # type: ignore[import-untyped]
+import sympy
 
 _LITERALS = (
     *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.Load),

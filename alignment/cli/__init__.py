@@ -10,16 +10,8 @@ from typing import Annotated
 import typer
 
 from alignment import __version__
-from alignment.cli.chat import chat
-from alignment.cli.check import check
+from alignment.cli import chat, check, doctor, eval, models, recipes, report, train, verify
 from alignment.cli.common import EXIT_INTERRUPTED, guarded
-from alignment.cli.doctor import doctor
-from alignment.cli.eval import evaluate
-from alignment.cli.models import models_fetch, models_list
-from alignment.cli.recipes import recipes_copy, recipes_list, recipes_show
-from alignment.cli.report import report
-from alignment.cli.train import train
-from alignment.cli.verify import verify
 
 app = typer.Typer(
     name="align",
@@ -32,29 +24,37 @@ _recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with th
 _models = typer.Typer(no_args_is_help=True, help="The models that need no hub.")
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    """Post-training alignment of language models: SFT, GRPO, RLVR and the tools around them."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Post-training alignment of language models: SFT, GRPO, RLVR and the tools around them."""
+
+
 _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
-    (app, "train", train),
-    (app, "check", check),
-    (app, "eval", evaluate),
-    (app, "verify", verify),
-    (app, "report", report),
-    (app, "chat", chat),
-    (app, "doctor", doctor),
-    (_recipes, "list", recipes_list),
-    (_recipes, "show", recipes_show),
-    (_recipes, "copy", recipes_copy),
-    (_models, "list", models_list),
-    (_models, "fetch", models_fetch),
+    (app, "train", train.train),
+    (app, "check", check.check),
+    (app, "eval", eval.evaluate),
+    (app, "verify", verify.verify),
+    (app, "report", report.report),
+    (app, "chat", chat.chat),
+    (app, "doctor", doctor.doctor),
+    (_recipes, "list", recipes.list_recipes),
+    (_recipes, "show", recipes.show),
+    (_recipes, "copy", recipes.copy),
+    (_models, "list", models.list_models),
+    (_models, "fetch", models.fetch),
 )
 for _group, _name, _command in _COMMANDS:
     _group.command(_name)(guarded(_command))

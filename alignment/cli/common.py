@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -49,14 +51,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             # Whoever reads the output may stop reading. Any other pipe, such as one to a reward's
             # worker, is an error like every other; typer would swallow it.
-            if not _stdout_is_closed():
+            if not _reader_is_gone():
                 traceback.print_exc()
             raise typer.Exit(EXIT_FAILED) from None
 
     return run
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """Say why on stderr and leave with `code`."""
     typer.echo(f"align: {message}", err=True)
     raise typer.Exit(code)
@@ -76,9 +78,15 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     )
 
 
-def _stdout_is_closed() -> bool:
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more; if so, no later flush will complain."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+        descriptor = sys.stdout.fileno()
+        watch = select.poll()
+    except (OSError, AttributeError):  # not a file, or a system without poll
+        return False
+    watch.register(descriptor, 0)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return gone

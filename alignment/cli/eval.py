@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from alignment import registry
-from alignment.cli.common import lazy
+from alignment.cli.common import lazy, table
 from alignment.types import UserInputError
 
 
@@ -17,6 +17,13 @@ def evaluate(
         list[str],
         typer.Option("--task", help="Name of a task; may be given again.", show_default=False),
     ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe with the data, rewards and sampling; by default the run's own.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Option of the tasks; may be given again."),
@@ -26,15 +33,24 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a run or a model."""
-    for task in tasks:
-        registry.find("task", task)
-    options: dict[str, Any] = {}
-    parse_override = lazy("alignment.config.overrides:parse_override")
-    for setting in settings or ():
-        key, value = parse_override(setting)
-        options[key] = value
-    if samples is not None:
-        if "samples" in options:
-            raise UserInputError("--samples and --set samples=... were both given; keep one")
-        options["samples"] = samples
-    lazy("alignment.trainers.evaluation:evaluate_command")(target, tasks, options)
+    given = [*(settings or ()), *([f"samples={samples}"] if samples is not None else [])]
+    configs = [lazy("alignment.config:load_task")(task, given) for task in tasks]
+    data_from = None
+    if recipe is not None:
+        data_from = lazy("alignment.config:load_recipe")(recipe)
+        if not isinstance(data_from, lazy("alignment.config:Recipe")):
+            raise UserInputError(f"--recipe {recipe}: a pipeline; name the recipe of one run")
+    results: Mapping[str, Any] = lazy("alignment.trainers.evaluation:evaluate_command")(
+        target, configs, data_from=data_from
+    )
+    typer.echo(table([row for name, result in results.items() for row in _rows(name, result)]))
+
+
+def _rows(task: str, result: Any) -> list[tuple[str, str, str, str]]:
+    """Metrics of one task, with their confidence intervals where there are some."""
+    rows = []
+    for metric, value in result.metrics.items():
+        interval = result.intervals.get(metric)
+        bounds = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval is not None else ""
+        rows.append((task, metric, f"{value:.4g}", bounds))
+    return rows

@@ -9,7 +9,7 @@ import typer
 from alignment.cli.common import lazy, table
 
 
-def models_list() -> None:
+def list_models() -> None:
     """List the models of the catalogue, and which of them are here."""
     cached = lazy("alignment.modeling.catalog:cached")
     rows = [
@@ -25,7 +25,7 @@ def models_list() -> None:
     typer.echo(table(rows, ("name", "size", "licence", "state", "what it is")))
 
 
-def models_fetch(
+def fetch(
     name: Annotated[
         str, typer.Argument(help="Name in the catalogue (align models list).", show_default=False)
     ],

@@ -14,19 +14,19 @@ from alignment.types import UserInputError
 ShippedName = Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)]
 
 
-def recipes_list() -> None:
+def list_recipes() -> None:
     """List the shipped recipes and what each is for."""
     shipped: dict[str, Path] = lazy("alignment.config:shipped_recipes")()
     rows = [(name, _first_comment(path)) for name, path in shipped.items()]
     typer.echo(table(rows) if rows else "there are no shipped recipes")
 
 
-def recipes_show(name: ShippedName) -> None:
+def show(name: ShippedName) -> None:
     """Print a shipped recipe."""
     typer.echo(_find(name).read_text(encoding="utf-8"), nl=False)
 
 
-def recipes_copy(
+def copy(
     name: ShippedName,
     destination: Annotated[
         Path, typer.Argument(help="File or folder to copy it to.", show_default=False)

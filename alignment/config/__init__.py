@@ -6,6 +6,7 @@ from alignment.config.load import (
     dump_recipe,
     load_recipe,
     load_stage,
+    load_task,
     parse_recipe,
     shipped_recipes,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "load_stage",
+    "load_task",
     "parse_recipe",
     "shipped_recipes",
 ]

@@ -66,7 +66,7 @@ def dotted(path: Path) -> str:
 def nearest(name: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?`, or nothing where no known name is near."""
     folded = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.55)
+    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     return f"; did you mean {folded[near[0]]!r}?" if near else ""
 
 

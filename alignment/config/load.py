@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from alignment.config.errors import user_error
 from alignment.config.fields import Section
 from alignment.config.overrides import parse_override, set_value
 from alignment.config.pipeline import PipelineRecipe, StageConfig, resolve_references
-from alignment.config.schema import Recipe
+from alignment.config.schema import Recipe, TaskConfig
 from alignment.config.yaml12 import Document, parse_document, to_yaml
 from alignment.types import UserInputError
 
@@ -77,6 +78,19 @@ def load_stage(
         known = ", ".join(stage.name for stage in pipeline.stages)
         raise UserInputError(f"the pipeline has no stage {name!r}; it has {known}")
     return _load_stage(pipeline, stage, outputs)
+
+
+def load_task(name: str, settings: Sequence[str] = ()) -> TaskConfig:
+    """An evaluation task by its registered name, with options from `key=value` texts.
+
+    Raises:
+        UserInputError: there is no such task, or it has no such option.
+    """
+    document = Document({"type": name}, f"task {name!r}")
+    for text in settings:
+        key, value = parse_override(text)
+        set_value(document, key, value, f"task {name!r}, setting {text!r}")
+    return _validate(TaskConfig, document)
 
 
 def dump_recipe(recipe: Recipe | PipelineRecipe) -> str:
@@ -144,9 +158,10 @@ def _validate(model: type[T], document: Document) -> T:
 def _load_pipeline(document: Document, folder: Path | None) -> PipelineRecipe:
     _anchor_stage_files(document.data["stages"], folder)
     pipeline = _validate(PipelineRecipe, document)
-    for stage in pipeline.stages:
+    for index, stage in enumerate(pipeline.stages):
+        lines = {key: document.origin(("stages", index, "set", key)) for key in stage.set}
         try:
-            _load_stage(pipeline, stage, None)
+            _load_stage(pipeline, stage, None, lines)
         except UserInputError as error:
             raise UserInputError(f"stage {stage.name!r} of {document.source}: {error}") from error
     return pipeline
@@ -164,6 +179,7 @@ def _load_stage(
     pipeline: PipelineRecipe,
     stage: StageConfig,
     outputs: Mapping[str, Mapping[str, str]] | None,
+    origins: Mapping[str, str] = MappingProxyType({}),
 ) -> Recipe:
     document, _ = _read(stage.recipe)
     if "stages" in document.data:
@@ -178,5 +194,5 @@ def _load_stage(
     }
     for key, value in settings.items():
         resolved = value if outputs is None else resolve_references(value, outputs)
-        set_value(document, key, resolved, f"stage {stage.name!r}, set {key}")
+        set_value(document, key, resolved, origins.get(key, f"stage {stage.name!r}, set {key}"))
     return _validate(Recipe, document)

@@ -48,6 +48,7 @@ def set_value(document: Document, key: str, value: Any, origin: str) -> None:
         step = _step(holder, part, path, origin)
         if isinstance(holder, dict) and holder.get(part) is None:
             holder[part] = {}
+            document.origins[(*path, step)] = origin
         holder = holder[step]
         path.append(step)
     step = _step(holder, parts[-1], path, origin)

@@ -24,6 +24,9 @@ from alignment.types import UserInputError
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 
+# How a value begins that is more than a plain scalar.
+_STRUCTURED = ("[", "{", '"', "'", "!")
+
 # Unicode line breaks: the emitter must escape them, or the parser reads them back as spaces.
 _LINE_BREAKS = frozenset("\x85\u2028\u2029")
 
@@ -81,16 +84,23 @@ def parse_document(text: str, source: str) -> Document:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """Parse one value, as written on a command line: `1e-5`, `[a, b]`, `{rank: 8}`, `off`.
+    """Parse one value, as written on a command line: `1e-5`, `off`, `[a, b]`, `{rank: 8}`.
+
+    What begins with none of `[`, `{`, a quote or `!` is one plain scalar, whatever is in it:
+    `Answer: yes` is text.
 
     Raises:
         UserInputError: not YAML.
     """
+    text = text.strip()
+    if not text.startswith(_STRUCTURED):
+        return _plain_scalar(text)
     try:
         root = _compose(text, "")
     except UserInputError as error:
         raise UserInputError(f"{source}{str(error).removeprefix(':1')}") from error
-    return None if root is None else _construct(root, (), Document(None, source), [])
+    assert root is not None
+    return _construct(root, (), Document(None, source), [])
 
 
 def to_yaml(data: Any) -> str:
@@ -176,6 +186,10 @@ def _scalar(node: ScalarNode) -> Any:
     text = str(node.value)
     if node.style is not None or node.tag == _TAG + "str":
         return text
+    return _plain_scalar(text)
+
+
+def _plain_scalar(text: str) -> Any:
     for pattern, convert in _PLAIN_SCALARS:
         if pattern.fullmatch(text):
             return convert(text)

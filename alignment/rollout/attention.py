@@ -112,12 +112,8 @@ def grouped(config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def repeat_for_heads(
-    mask: Tensor | dict[str, Tensor], shared: int
-) -> Tensor | dict[str, Tensor]:
+def repeat_for_heads(mask: Tensor | dict[str, Tensor], shared: int) -> Tensor | dict[str, Tensor]:
     """A mask `[G, 1, W, K]`, or each of a dict, repeated to `[G, 1, shared * W, K]`."""
     if isinstance(mask, dict):
         return {kind: one.repeat(1, 1, shared, 1) for kind, one in mask.items()}
     return mask.repeat(1, 1, shared, 1)
-
-

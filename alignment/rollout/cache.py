@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IntArray = npt.NDArray[np.int64]
+from alignment.rollout.sampling import IntArray
 
 PROMPT = -1
 EMPTY = -2

@@ -14,7 +14,6 @@ keys once for all its rows, `sampling.py` draws.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,15 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from alignment.modeling.backbone import Backbone
-from alignment.modeling.logits import check_sampling_params, transform_logits
+from alignment.modeling.logits import check_sampling_params
 from alignment.rollout.attention import RowLayout, grouped, heads_per_key, repeat_for_heads
 from alignment.rollout.cache import NOBODY, GroupedCache, capacity_for
 from alignment.rollout.hf import HFEngine
 from alignment.rollout.mode import sampling_mode
-from alignment.rollout.sampling import IntArray, draw_tokens, row_key, uniforms
-from alignment.rollout.schedule import Group, Row, Scheduler
-from alignment.rollout.stopping import StopRule, completion_limit, end_tokens
-from alignment.types import AlignmentError, Completion, Prompt, SamplingParams, StopReason
+from alignment.rollout.rows import Row, extend, lay_out
+from alignment.rollout.sampling import IntArray
+from alignment.rollout.schedule import Group, Scheduler
+from alignment.rollout.stopping import StopRule, end_tokens
+from alignment.types import Completion, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -117,25 +117,14 @@ class NativeEngine:
         check_sampling_params(params)
         if self._fallback is not None:
             return self._fallback.generate(prompts, params)
-        rows = self.requests(prompts, params)
+        rows = self.lay_out(prompts, params)
         self.run(rows, params)
-        return [
-            self._completion(prompts[row.number // params.n], row, row.number % params.n)
-            for row in rows
-        ]
+        return [row.completion(self.policy_version, self.tokenizer) for row in rows]
 
-    def requests(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Row]:
-        """One row for each completion, in prompt-major order, nothing sampled yet."""
+    def lay_out(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Row]:
+        """The rows that `generate` brings to an end with `run`."""
         context = getattr(self._backbone.config, "max_position_embeddings", None)
-        return [
-            Row(
-                number=number,
-                prompt_ids=tuple(prompt.token_ids),
-                limit=completion_limit(prompt, params, context),
-                key=row_key(params.seed, params.step, prompt.index, number % params.n),
-            )
-            for number, prompt in enumerate(p for p in prompts for _ in range(params.n))
-        ]
+        return lay_out(prompts, params, context)
 
     def run(self, rows: Sequence[Row], params: SamplingParams) -> None:
         """Sample rows, in place, until each has a stop reason."""
@@ -150,18 +139,6 @@ class NativeEngine:
                 share_attention=self._share_attention,
                 prefill_tokens=self._prefill_tokens,
             ).finish()
-
-    def _completion(self, prompt: Prompt, row: Row, sample_index: int) -> Completion:
-        assert row.stop_reason is not None
-        return Completion(
-            prompt_index=prompt.index,
-            sample_index=sample_index,
-            token_ids=tuple(row.tokens),
-            sampling_logprobs=tuple(row.logprobs),
-            stop_reason=row.stop_reason,
-            policy_version=self.policy_version,
-            text=self.tokenizer.decode(row.tokens, skip_special_tokens=True),
-        )
 
 
 class _Run:
@@ -242,7 +219,9 @@ class _Run:
         causal = positions[:, :, None] >= positions[:, None, :]
         self._cache.plan_prompts([group.index for group in groups], lengths, width)
         hidden = self._backbone.hidden(
-            self._tensor(ids), positions, self._backbone.masks(causal, positions, positions),
+            self._tensor(ids),
+            positions,
+            self._backbone.masks(causal, positions, positions),
             past_key_values=self._cache,
         )
         last = hidden[torch.arange(len(groups)), torch.tensor(lengths) - 1]
@@ -304,23 +283,7 @@ class _Run:
 
     def _extend(self, rows: list[Row], logits: Tensor) -> None:
         """Draw each row's next token from its logits `[N, V]`; take out the rows that end."""
-        keys = np.array([row.key for row in rows], dtype=np.uint64)
-        counters = np.array([len(row.tokens) for row in rows])
-        tokens, logprobs = draw_tokens(
-            transform_logits(logits, self._params), self._tensor(uniforms(keys, counters))
-        )
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            if not math.isfinite(logprob):
-                raise AlignmentError(
-                    "the model's logits are not finite while sampling; its weights are probably "
-                    "not finite either (look for NaN in the last update)"
-                )
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            if self._rule.is_complete(row.tokens):
-                row.stop_reason = StopReason.STOP
-            elif len(row.tokens) == row.limit:
-                row.stop_reason = StopReason.LENGTH
+        extend(rows, logits, self._params, self._rule)
         if self._scheduler.retire():
             self._cache.free_groups([group.index for group in self._scheduler.groups])
 
@@ -334,9 +297,7 @@ class _Run:
 
     def _rebuild(self, kept: list[Group], n_new: int, longest_new: int) -> None:
         """Keep what is alive, and make room for `n_new` groups and each row's next token."""
-        needed = max(
-            [longest_new, *(group.cached_tokens + len(group.rows) for group in kept)]
-        )
+        needed = max([longest_new, *(group.cached_tokens + len(group.rows) for group in kept)])
         useful = max(group.largest_size for group in self._scheduler.groups)
         self._cache.rebuild(
             [(group.index, [row.number for row in group.rows]) for group in kept],

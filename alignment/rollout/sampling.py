@@ -80,7 +80,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(logits), device=logits.device)
     inner_cdf = blocks[rows, block[:, 0]].double().cumsum(-1)
     inner, _ = _search(inner_cdf, uniform[:, None] * total - below)
-    tokens = block * _BLOCK + inner
+    tokens = (block * _BLOCK + inner).clamp_max(logits.shape[-1] - 1)
     logprobs = logits.gather(-1, tokens) - best - total.log()
     return tokens[:, 0], logprobs[:, 0].float()
 

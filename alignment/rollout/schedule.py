@@ -8,36 +8,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from alignment.types import StopReason, UserInputError
+from alignment.rollout.rows import Row
+from alignment.types import UserInputError
 
 # Rows that read one copy of their prompt's keys and values. Their own tokens stand side by side
 # in the same stretch of cache, and each row's attention passes over its siblings' tokens as
 # well: more rows save reads of the prompt and cost arithmetic on siblings. Eight is best or
 # close to it for prompts of about two hundred tokens (benchmarks/rollout.py).
 GROUP_ROWS = 8
-
-
-@dataclass(eq=False)
-class Row:
-    """One completion on its way.
-
-    number: its place among all requested completions, which is also its name inside the cache.
-    limit:  how many tokens it may have.
-    key:    key of its random numbers.
-    """
-
-    number: int
-    prompt_ids: tuple[int, ...]
-    limit: int
-    key: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-
-    @property
-    def next_position(self) -> int:
-        """Position of the newest token, which the model has not seen yet."""
-        return len(self.prompt_ids) + len(self.tokens) - 1
 
 
 @dataclass(eq=False)

@@ -46,7 +46,8 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     config, and the tokenizer's end token."""
     found: set[int] = set()
     generation = getattr(model, "generation_config", None)
-    for ids in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+    for owner in (generation, tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
         if isinstance(ids, int):
             found.add(ids)
         elif isinstance(ids, Iterable):
