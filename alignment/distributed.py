@@ -7,7 +7,7 @@ may run different numbers of forward passes, or none; nothing synchronises insid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -90,17 +90,6 @@ class Distributed:
         broadcast_object_list(box)
         out: T = box[0]
         return out
-
-    def sum_metrics(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        """(total, count) pairs summed over ranks; a name that only some ranks have still counts."""
-        if self.world_size == 1:
-            return dict(sums)
-        merged: dict[str, tuple[float, float]] = {}
-        for part in self.gather([dict(sums)]):
-            for name, (total, count) in part.items():
-                old = merged.get(name, (0.0, 0.0))
-                merged[name] = (old[0] + total, old[1] + count)
-        return merged
 
     def barrier(self) -> None:
         self._state.wait_for_everyone()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,7 @@ from alignment.rollout.attention import RowLayout, grouped, heads_per_key, repea
 from alignment.rollout.cache import NOBODY, GroupedCache, capacity_for
 from alignment.rollout.hf import HFEngine
 from alignment.rollout.mode import sampling_mode
+from alignment.rollout.packed import packed_weights
 from alignment.rollout.rows import Row, extend, lay_out
 from alignment.rollout.sampling import IntArray
 from alignment.rollout.schedule import Group, Scheduler
@@ -36,12 +38,14 @@ from alignment.types import Completion, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+_STEPS_TO_PACK = 16
+
 
 class NativeEngine:
     """Samples completions from a live causal LM; see `RolloutEngine` for the contract.
 
-    The model is used as it is, with the weights it has at the time of the call: nothing is
-    copied, cast or kept between calls. Rows are independent of each other: in fp32 a completion
+    The model is used as it is, with the weights it has at the time of the call: nothing is cast,
+    and nothing is kept between calls. Rows are independent of each other: in fp32 a completion
     is the same whatever else is sampled with it, and whatever `max_rows` and `kv_tokens` are.
 
     Args:
@@ -54,6 +58,8 @@ class NativeEngine:
         share_attention: read a prompt's keys once for all its rows. Where the model's attention
             does not allow it, or if False, each group is a padded batch row instead: the same
             results, more slowly.
+        pack_weights: on a CPU in bfloat16, sample from weights rearranged for fast products (a
+            second copy, dropped at the end of each call).
 
     Attributes:
         fallback_reason: why this architecture goes through `HFEngine` instead, or None.
@@ -69,6 +75,7 @@ class NativeEngine:
         stop_token_ids: Sequence[int] | None = None,
         prefill_tokens: int = 4096,
         share_attention: bool = True,
+        pack_weights: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -78,6 +85,7 @@ class NativeEngine:
         self._kv_tokens = kv_tokens
         self._prefill_tokens = prefill_tokens
         self._share_attention = share_attention
+        self._pack_weights = pack_weights
         self._stop_ids = (
             end_tokens(self._backbone.causal_lm, tokenizer)
             if stop_token_ids is None
@@ -130,7 +138,7 @@ class NativeEngine:
         """Sample rows, in place, until each has a stop reason."""
         rule = StopRule(self._stop_ids, params.stop, self.tokenizer)
         scheduler = Scheduler(rows, self._max_rows, self._kv_tokens)
-        with sampling_mode(self.model):
+        with sampling_mode(self.model), self._fast_weights(rows):
             _Run(
                 self._backbone,
                 scheduler,
@@ -139,6 +147,12 @@ class NativeEngine:
                 share_attention=self._share_attention,
                 prefill_tokens=self._prefill_tokens,
             ).finish()
+
+    def _fast_weights(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        """Rearranging the weights pays after about ten steps."""
+        steps = max((row.limit for row in rows), default=0)
+        pays = self._pack_weights and steps >= _STEPS_TO_PACK
+        return packed_weights(self.model) if pays else nullcontext()
 
 
 class _Run:

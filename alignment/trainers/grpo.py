@@ -40,7 +40,7 @@ from alignment.trainers.experience import (
 from alignment.trainers.group_relative import ADVANTAGES, POLICY_LOSSES, KLTerm, shaped_rewards
 from alignment.trainers.monitor import RolloutMonitor
 from alignment.trainers.sampling import sampling_params
-from alignment.trainers.update import Updater, record, record_masked
+from alignment.trainers.update import Updater, record, record_masked, timed
 from alignment.types import Prompt, Rollout, Sample, SamplingParams, UserInputError
 
 
@@ -68,15 +68,18 @@ class GRPOTrainer:
 
     def step(self, step: int) -> StepResult:
         metrics = MetricSums()
-        rollout = self.collect(step, metrics)
-        experience = self.record(rollout)
+        with timed(metrics, "rollout"):
+            rollout = self.collect(step, metrics)
+        with timed(metrics, "record"):
+            experience = self.record(rollout)
         rewards = shaped_rewards(rollout, self.config, self.sampling(step).max_new_tokens)
         self.monitor.rewards(rollout, rewards, metrics)
         rewards = rewards - self.kl.penalty(experience)
         advantages = self.advantages(rewards, rollout.group_size)
         for _ in range(self.config.epochs_per_step):
             for part in self.parts(rollout):
-                self.learn(step, experience, advantages, part, metrics)
+                with timed(metrics, "update"):
+                    self.learn(step, experience, advantages, part, metrics)
         self.monitor.learned(step, metrics)
         if self.policy.reference is not None:
             self.policy.reference.after_step(step)

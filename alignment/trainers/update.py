@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -121,6 +123,18 @@ class Updater:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.policy_version = state["policy_version"]
         self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
+
+
+@contextmanager
+def timed(metrics: MetricSums, phase: str) -> Iterator[None]:
+    """Add the seconds spent inside to `time/PHASE_seconds`."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        name = f"time/{phase}_seconds"
+        total, _ = metrics.means.get(name, (0.0, 1.0))
+        metrics.means[name] = (total + time.monotonic() - began, 1.0)
 
 
 def record(metrics: MetricSums, losses: Mapping[str, Metric], prefix: str = "") -> None:

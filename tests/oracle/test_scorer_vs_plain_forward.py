@@ -129,7 +129,9 @@ def test_i10_temperature_and_entropy_follow_the_closed_form() -> None:
     sampling = SamplingParams(max_new_tokens=8, temperature=0.6)
     scores = score(Backbone(model), [sample], sampling=sampling, entropy=True, greedy=True)
     ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1].double()
+    logits = (
+        model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1].double()
+    )
     tempered = (logits / 0.6).log_softmax(-1)
     target = torch.tensor(sample.completion_ids)
     torch.testing.assert_close(

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from alignment.rollout.cache import EMPTY, PROMPT, GroupedCache
+from alignment.rollout.packed import packed_weights
 from alignment.rollout.rows import Row, lay_out
 from alignment.rollout.schedule import GROUP_ROWS, Scheduler
 from alignment.rollout.stopping import StopRule, end_tokens
@@ -150,3 +152,30 @@ def test_end_tokens_of_model_and_tokenizer() -> None:
 
     assert end_tokens(Model(), Bytes()) == {0, 5, 6}
     assert end_tokens(object(), object()) == frozenset()
+
+
+def test_packed_weights_multiply_alike_and_leave_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 256, bias=False)).bfloat16()
+    x = torch.randn(5, 256).bfloat16()
+    with torch.no_grad():
+        for _ in range(2):  # the second time with other weights: nothing stale is left
+            with packed_weights(model):
+                packed = model(x)
+            assert torch.allclose(packed.float(), model(x).float(), rtol=0.02, atol=0.02)
+            model[0].weight.mul_(-3)
+    assert not any("forward" in vars(layer) for layer in model)
+    with pytest.raises(ZeroDivisionError), packed_weights(model):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_packing_leaves_other_layers_alone() -> None:
+    wide = nn.Linear(256, 128)
+    hooked = nn.Linear(256, 128).bfloat16()
+    hooked.forward = lambda x: x
+    tiny = nn.Linear(4, 4).bfloat16()
+    with packed_weights(nn.ModuleList([wide, hooked, tiny])):
+        assert "forward" not in vars(wide)
+        assert hooked(3) == 3
+        assert "forward" not in vars(tiny)
+    assert hooked(3) == 3
