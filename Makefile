@@ -1,33 +1,40 @@
 # make quickstart   set up, then SFT + RL on a real model, and a report
-# make test         set up, then the tests
+# make test         set up, then the checks and the tests
+#
+# PYTHON  the interpreter to make the environment with (3.11 to 3.13)
+# VENV    where the environment is
+# TORCH   what pip installs as torch, where the environment has none yet
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: setup quickstart test lint format typecheck bench docs clean
 
 setup: $(STAMP)
 
-# torch first, by plain pip: where a local CPU build is provided it is taken instead of the CUDA one.
+# torch first and by plain pip, so that a local build of it is taken where one is provided. The
+# stamp comes last: an installation that was interrupted is taken up again.
 $(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; \
+	    sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	    { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	touch $(STAMP)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	$(PIP) install --editable ".[dev]"
+	@touch $@
 
 quickstart: setup
 	$(BIN)/align train smollm2-135m/quickstart
 
-test: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/mypy
+test: lint typecheck
 	$(BIN)/pytest
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 format: setup
@@ -41,8 +48,10 @@ bench: setup
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/grpo_vs_trl.py
 
+# The recipe reference, and the picture in the README where the quick start has been run.
 docs: setup
-	$(BIN)/python docs/build_figures.py
+	$(BIN)/python docs/build_reference.py
+	test ! -d runs/quickstart || $(BIN)/python docs/build_figures.py runs/quickstart
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,12 +1,15 @@
 """The only file that knows about processes: what rank this is, and exact global sums.
 
 Gradients are summed, not averaged: every loss is a sum divided by a count that is already global,
-so the sum over ranks is the gradient of the whole batch, whatever share of it each rank holds. Ranks
-may run different numbers of forward passes, or none; nothing synchronises inside the backward pass.
+so the sum over ranks is the gradient of the whole batch, whatever share of it each rank holds.
+Ranks may run different numbers of forward passes, or none; nothing synchronises inside the backward
+pass.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -41,10 +44,21 @@ class Distributed:
         device: torch.device = self._state.device
         return device
 
+    def peak_gigabytes(self) -> float:
+        """This process's peak memory so far: allocated on a GPU, else resident."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's contiguous part of `items`; the parts differ by one at most."""
         n, world = len(items), self.world_size
         return list(items[n * self.rank // world : n * (self.rank + 1) // world])
+
+    def deal(self, items: Sequence[T]) -> list[T]:
+        """This rank's part, dealt out one by one: every stretch is spread over all ranks."""
+        return list(items[self.rank :: self.world_size])
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks."""

@@ -122,8 +122,8 @@ def _frame(series: Sequence[Series], bounds: tuple[float | None, float | None]) 
     low, high = low - pad, high + pad
     low = low if floor is None else max(low, floor)
     high = high if ceiling is None else min(high, ceiling)
-    if not low < high:
-        low, high = low - pad, high + pad
+    if not low < high:  # every value is outside the bounds, as one that is -1e-9 for 0
+        low, high = min(ys) - pad, max(ys) + pad
     x_low, x_high = min(xs), max(xs)
     x_pad = 0.02 * (x_high - x_low) or 0.5
     x_range = (x_low - x_pad, x_high + x_pad)

@@ -33,8 +33,9 @@ def lazy(target: str) -> Any:
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with this program's exit codes.
 
-    2 where the user's input is wrong and 1 for any other `AlignmentError`, both with the message
-    alone; 1 with a traceback for what nobody expected; 130 when interrupted.
+    2 where the user's input is wrong and 1 for any other `AlignmentError` (or its `exit_code`,
+    where it has one: 0 for a run that was asked to stop), each with the message alone; 1 with a
+    traceback for what nobody expected; 130 when interrupted.
     """
 
     @functools.wraps(command)
@@ -45,7 +46,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except UserInputError as error:
             fail(str(error), EXIT_USER_INPUT)
         except AlignmentError as error:
-            fail(str(error), EXIT_FAILED)
+            fail(str(error), getattr(error, "exit_code", EXIT_FAILED))
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
         except BrokenPipeError:

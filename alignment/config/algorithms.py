@@ -57,8 +57,18 @@ class AdvantageConfig(Section):
 
     baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
     """Subtracted from each reward: the group's mean, or the mean of the group's others (RLOO)."""
-    scale: Literal["group", "batch", "none"] = "group"
-    """Divided by: the group's standard deviation (GRPO), the batch's, or nothing (Dr. GRPO)."""
+    scale: Literal["group", "batch", "none"] = Field(
+        default_factory=lambda data: "none" if data.get("baseline") == "leave_one_out" else "group"
+    )
+    """Divided by: the group's standard deviation (GRPO), the batch's, or nothing (Dr. GRPO, RLOO).
+    The default is group, and none with leave_one_out."""
+
+    @model_validator(mode="after")
+    def _scale_applies(self) -> AdvantageConfig:
+        if self.baseline == "leave_one_out" and self.scale != "none":
+            message = "leave_one_out (RLOO) is not scaled; use none, or baseline: group_mean"
+            raise_problems("advantage", [problem(("scale",), message)])
+        return self
 
 
 class PolicyLossConfig(Section):
@@ -124,6 +134,12 @@ class KLConfig(Section):
                 ("estimator",),
                 "k1 in the loss has a gradient of zero in expectation, so it would do nothing; "
                 "use k2, k3 or full, or placement: reward",
+            )
+        if self.estimator == "full" and self.placement == "reward":
+            yield problem(
+                ("estimator",),
+                "full is differentiated through the vocabulary, which a reward is not; use k1, or "
+                "placement: loss",
             )
         for name in ("target", "horizon"):
             given = getattr(self, name) is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,21 +172,20 @@ def _read_head(
     """Logits of `states` `[M, D]`, `CHUNK` rows at a time, and what is read off them, `[M]`."""
 
     def read(chunk: Tensor, target: Tensor, reference_chunk: Tensor | None) -> tuple[Tensor, ...]:
-        logits = _tempered(backbone.logits(chunk), want.sampling)
-        log_normalizer = logits.logsumexp(dim=-1)
-        chosen = logits.gather(-1, target[:, None]).squeeze(-1)
-        out = [chosen - log_normalizer]
+        logits = _tempered(backbone.logits(chunk), want.sampling, target)
+        logprob, log_normalizer = _chosen_logprob(logits, target)
+        out = [logprob]
         if want.entropy:
             with torch.set_grad_enabled(want.entropy_gradient and torch.is_grad_enabled()):
                 out.append(_entropy(logits, log_normalizer))
         if reference_chunk is not None and reference is not None:
             with torch.no_grad():
                 reference_logits = _tempered(
-                    reference.backbone.logits(reference_chunk), want.sampling
+                    reference.backbone.logits(reference_chunk), want.sampling, target
                 )
             out.append(_full_kl(logits, log_normalizer, reference_logits.to(logits.device)))
         if want.greedy:
-            out.append((chosen >= logits.amax(dim=-1)).detach())
+            out.append(logits.detach().argmax(dim=-1) == target)
         return tuple(out)
 
     parts: list[tuple[Tensor, ...]] = []
@@ -209,23 +209,56 @@ def _read_head(
     )
 
 
-def _tempered(logits: Tensor, sampling: SamplingParams | None) -> Tensor:
+class _ChosenLogprob(torch.autograd.Function):
+    """(log p(target), log-normalizer), both `[N]`, of logits `[N, V]`.
+
+    d log p(target) / d logit_v = 1[v = target] - p(v): one buffer in the backward pass, where
+    gather and logsumexp apart would take three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        log_normalizer = logits.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, log_normalizer, target)
+        return logits.gather(-1, target[:, None]).squeeze(-1) - log_normalizer, log_normalizer
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_logprob, of_normalizer = gradients
+        logits, log_normalizer, target = ctx.saved_tensors
+        gradient = (logits - log_normalizer[:, None]).exp_()
+        gradient.mul_((of_normalizer - of_logprob)[:, None])
+        return gradient.scatter_add_(-1, target[:, None], of_logprob[:, None]), None
+
+
+def _chosen_logprob(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    function: Any = _ChosenLogprob
+    logprob, log_normalizer = function.apply(logits, target)
+    return logprob, log_normalizer
+
+
+def _tempered(logits: Tensor, sampling: SamplingParams | None, targets: Tensor) -> Tensor:
     if logits.dtype != torch.float32:
         raise AlignmentError(f"log-softmax of {logits.dtype} logits: scoring is done in float32")
     if sampling is None:
         return logits
-    return transform_logits(logits, sampling)
+    # A sampled token at the very edge of the support stays in it, whatever rounding does here.
+    return transform_logits(logits, sampling, keep=targets)
 
 
 def _entropy(logits: Tensor, log_normalizer: Tensor) -> Tensor:
     """Entropy in nats; tokens outside the support (logit -inf) contribute nothing."""
-    probabilities = (logits - log_normalizer[:, None]).exp()
-    expected = (probabilities * logits.masked_fill(logits == -torch.inf, 0.0)).sum(dim=-1)
+    probabilities = (logits - log_normalizer[:, None]).exp_()
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+    expected: Tensor = torch.linalg.vecdot(probabilities, finite)
     return log_normalizer - expected
 
 
 def _full_kl(logits: Tensor, log_normalizer: Tensor, reference_logits: Tensor) -> Tensor:
-    """KL(policy || reference) = sum_v p(v) (log p(v) - log q(v)), in nats."""
+    """KL(policy || reference) = sum_v p(v) (log p(v) - log q(v)), in nats.
+
+    Both are normalised by the same operations, so that equal models are exactly 0 apart.
+    """
     log_p = logits - log_normalizer[:, None]
-    log_q = reference_logits.log_softmax(dim=-1)
+    log_q = reference_logits - reference_logits.logsumexp(dim=-1, keepdim=True)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

@@ -130,13 +130,21 @@ def unscorable_share(rewarded: Sequence[RewardedCompletion]) -> dict[Outcome, fl
     return {outcome: count[outcome] / max(len(rewarded), 1) for outcome in FAILURES}
 
 
-def check_unscorable(rewarded: Sequence[RewardedCompletion], limit: float = 0.2) -> None:
+def check_unscorable(
+    rewarded: Sequence[RewardedCompletion], limit: float = 0.2, *, among: int | None = None
+) -> None:
     """Stop where more than a share `limit` of the completions could not be scored.
+
+    Args:
+        rewarded: all completions, or only those that failed, with `among`.
+        limit: the share allowed.
+        among: how many completions there are where `rewarded` leaves some out.
 
     Raises:
         AlignmentError: naming the classes, the rewards, how many, an example and the remedy.
     """
-    share = sum(unscorable_share(rewarded).values())
+    n_all = len(rewarded) if among is None else among
+    share = sum(item.reward is None for item in rewarded) / max(n_all, 1)
     if share <= limit:
         return
     failures = Counter(
@@ -149,7 +157,7 @@ def check_unscorable(rewarded: Sequence[RewardedCompletion], limit: float = 0.2)
     example = next(item for item in rewarded if item.reward is None)
     name, score = _failed_parts(example)[0]
     raise AlignmentError(
-        f"{share:.0%} of {len(rewarded)} completions could not be scored, over the limit of "
+        f"{share:.0%} of {n_all} completions could not be scored, over the limit of "
         f"{limit:.0%} ({listed}). Example, prompt {example.prompt.index}, sample "
         f"{example.completion.sample_index}, reward {name!r}: {score.detail or 'no detail'}. "
         "Correct the reward (a crash), give it a longer time limit (a timeout), or raise the "

@@ -13,11 +13,11 @@ Grade = Callable[[Sequence[tuple[Prompt, Completion]]], list[RewardedCompletion]
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a step trains on, and what it took to get it.
+    """What a step trains on, and what it took to get it, on this rank.
 
-    rollout:        the groups kept, prompt-major.
+    rollout:        the groups kept, prompt-major, in the order they were drawn.
     sampled:        all completions sampled, discarded ones included, in order.
-    n_rounds:       rounds of sampling.
+    n_rounds:       rounds of sampling, the same on every rank.
     """
 
     rollout: Rollout
@@ -34,29 +34,33 @@ def collect(
     *,
     keep: Callable[[Sequence[RewardedCompletion]], bool] = lambda group: True,
     max_rounds: int = 1,
+    over_ranks: Callable[[int], int] = lambda count: count,
 ) -> Collected:
     """Sample and grade groups of `sampling.n` completions until `n_prompts` groups are kept.
 
     Args:
-        draw: gives the next so many prompts.
+        draw: told how many prompts all ranks together want next, gives this rank's share of them,
+            which may be none. It is called equally often on every rank.
+        n_prompts: groups to keep, over all ranks.
         keep: whether a group is kept (dynamic sampling keeps those whose rewards differ; DAPO,
             Yu et al. 2025, section 3.2). Groups dropped are replaced in up to `max_rounds` rounds;
             after that the step goes on with what there is.
+        over_ranks: sums a count over all ranks.
     """
     kept: list[RewardedCompletion] = []
     sampled: list[RewardedCompletion] = []
     n_rounds = 0
-    while len(kept) < n_prompts * sampling.n and n_rounds < max_rounds:
-        prompts = draw(n_prompts - len(kept) // sampling.n)
+    missing = n_prompts
+    while missing > 0 and n_rounds < max_rounds:
+        prompts = draw(missing)
         n_rounds += 1
-        if not prompts:
-            break
-        graded = sample_and_grade(engine, grade, prompts, sampling)
+        graded = sample_and_grade(engine, grade, prompts, sampling) if prompts else []
         sampled.extend(graded)
         for start in range(0, len(graded), sampling.n):
             group = graded[start : start + sampling.n]
             if keep(group):
                 kept.extend(group)
+        missing = n_prompts - over_ranks(len(kept) // sampling.n)
     rollout = Rollout(tuple(kept), group_size=sampling.n, step=sampling.step)
     return Collected(rollout, tuple(sampled), n_rounds)
 

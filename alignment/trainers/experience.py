@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -81,11 +82,22 @@ def record_experience(
     )
 
 
-def minibatch_slices(n_rows: int, n_parts: int, group_size: int) -> list[slice]:
-    """Split rows into `n_parts` contiguous parts of whole groups, as even as groups allow."""
-    groups = n_rows // group_size
-    edges = [groups * part // n_parts * group_size for part in range(n_parts + 1)]
-    return [slice(a, b) for a, b in pairwise(edges)]
+def minibatch_slices(
+    own: Sequence[int], everyones: Sequence[int], n_parts: int, group_size: int
+) -> list[slice]:
+    """This rank's rows of each of `n_parts` minibatches.
+
+    All ranks' groups, in the order they were drawn, are split into contiguous parts as even as
+    groups allow, so that the minibatches do not depend on which rank holds which group.
+
+    Args:
+        own: prompt index of each of this rank's groups, ascending.
+        everyones: those of all ranks, in any order.
+    """
+    groups = sorted(everyones)
+    inner = [groups[len(groups) * part // n_parts] for part in range(1, n_parts) if groups]
+    edges = [0, *(bisect_left(own, first) for first in inner), len(own)]
+    return [slice(a * group_size, b * group_size) for a, b in pairwise(edges)]
 
 
 def aligned(rows: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -168,7 +169,7 @@ class KLTerm:
         """Move the coefficient by the KL of this step over all ranks, in nats per sequence."""
         total, count = metrics.means.get("kl/sequence", (0.0, 0.0))
         total, count = distributed.sum([total, count])
-        if count:
+        if count and math.isfinite(total):  # else the updates were skipped
             self._controller.update(total / count)
         if distributed.is_main and self._measures:
             metrics.add("kl/coef", self._controller.coef)

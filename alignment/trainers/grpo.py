@@ -70,14 +70,15 @@ class GRPOTrainer:
         metrics = MetricSums()
         with timed(metrics, "rollout"):
             rollout = self.collect(step, metrics)
+        parts = self.parts(rollout)
         with timed(metrics, "record"):
-            experience = self.record(rollout)
+            experience = self.record(rollout, parts)
         rewards = shaped_rewards(rollout, self.config, self.sampling(step).max_new_tokens)
         self.monitor.rewards(rollout, rewards, metrics)
         rewards = rewards - self.kl.penalty(experience)
         advantages = self.advantages(rewards, rollout.group_size)
         for _ in range(self.config.epochs_per_step):
-            for part in self.parts(rollout):
+            for part in parts:
                 with timed(metrics, "update"):
                     self.learn(step, experience, advantages, part, metrics)
         self.monitor.learned(step, metrics)
@@ -89,29 +90,26 @@ class GRPOTrainer:
     def collect(self, step: int, metrics: MetricSums) -> Rollout:
         """Sample groups for the next prompts, and grade them."""
         self.context.engine.weights_updated(self.update.policy_version)
-        n_prompts = len(self.distributed.share(range(self.config.prompts_per_step)))
         dynamic = self.config.dynamic_sampling
         collected = collect(
             self.context.engine,
             self.rewards.grade,
             self.draw,
-            n_prompts,
+            self.config.prompts_per_step,
             self.sampling(step),
             keep=has_spread if dynamic != "off" else lambda group: True,
             max_rounds=1 + self.config.max_refills if dynamic == "refill" else 1,
+            over_ranks=lambda count: int(self.distributed.sum([count])[0]),
         )
         self.monitor.sampled(collected, metrics)
         return collected.rollout
 
     def draw(self, n_prompts: int) -> list[Prompt]:
-        """This rank's share of the next prompts of all ranks."""
-        wanted = self.distributed.gather([n_prompts])
-        drawn = self.context.order.take(sum(wanted))
-        before = sum(wanted[: self.distributed.rank])
-        mine = drawn[before : before + n_prompts]
+        """This rank's share of the next `n_prompts` prompts of all ranks."""
+        mine = self.distributed.deal(self.context.order.take(n_prompts))
         return [replace(self.context.prompts[row], index=index) for index, row in mine]
 
-    def record(self, rollout: Rollout) -> Experience:
+    def record(self, rollout: Rollout, parts: Sequence[slice]) -> Experience:
         """The rollout as samples, with old and reference log-probabilities."""
         samples = training_samples(rollout, mask_truncated=self.config.truncated == "mask")
         several = self.config.updates_per_step * self.config.epochs_per_step > 1
@@ -119,7 +117,7 @@ class GRPOTrainer:
             self.policy,
             rollout,
             samples,
-            self.parts(rollout),
+            parts,
             self.context.recipe.optim.micro_batch_tokens,
             self.sampling(rollout.step),
             old=several or self.kl.in_reward,
@@ -182,9 +180,10 @@ class GRPOTrainer:
         self.update(step, samples, loss_of, metrics, score_options)
 
     def parts(self, rollout: Rollout) -> list[slice]:
-        return minibatch_slices(
-            len(rollout.items), self.config.updates_per_step, rollout.group_size
-        )
+        """This rank's rows of each minibatch of the step."""
+        own = [item.prompt.index for item in rollout.items[:: rollout.group_size]]
+        everyones = self.distributed.gather(own)
+        return minibatch_slices(own, everyones, self.config.updates_per_step, rollout.group_size)
 
     def sampling(self, step: int) -> SamplingParams:
         return sampling_params(

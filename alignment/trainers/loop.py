@@ -6,13 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+from alignment.rollout.sampling import row_key
 from alignment.runs.checkpoint import save_checkpoint
 from alignment.runs.directory import RunDirectory
 from alignment.runs.metrics import MetricSums, MetricsWriter
@@ -35,7 +37,20 @@ SHOWN = {
 
 
 class Stopped(AlignmentError):
-    """The run was asked to stop (SIGINT, SIGTERM); the step was finished and saved."""
+    """The run was asked to stop (SIGINT, SIGTERM); the step was finished and saved.
+
+    Args:
+        progress: how far it came.
+        recipe: what to train to go on.
+    """
+
+    exit_code = 0
+
+    def __init__(self, progress: str, recipe: Path) -> None:
+        super().__init__(
+            f"stopped after {progress}, which is saved; to go on: align train {recipe}"
+        )
+        self.progress = progress
 
 
 @dataclass(slots=True)
@@ -59,11 +74,12 @@ class Loop:
         # Only rank 0 writes; the others hold a writer that goes nowhere.
         is_main = self.context.distributed.is_main
         writer = MetricsWriter(self.directory.metrics if is_main else os.devnull)
-        with _stop_requests() as stop, self._progress(total) as progress:
-            if self.start == 0 and recipe.eval.at_start:
+        with closing(writer), _stop_requests() as stop, self._progress(total) as progress:
+            if self.start == 0 and recipe.eval.at_start and recipe.eval.tasks:
                 self._write(writer, 0, self.evaluator.run(0))
             for step in range(self.start + 1, total + 1):
                 began = time.monotonic()
+                self._seed(step)
                 result = trainer.step(step)
                 metrics = self._measure(result, began)
                 self._record(step, result)
@@ -76,10 +92,15 @@ class Loop:
                     writer.sync()
                     self._save(step)
                 if stopping and step < total:
-                    raise Stopped(
-                        f"stopped after step {step} of {total}, which is saved; to go on: "
-                        f"align train {self.directory.recipe}"
-                    )
+                    raise Stopped(f"step {step} of {total}", self.directory.recipe)
+
+    def _seed(self, step: int) -> None:
+        """Make what is drawn from torch's generators (dropout) depend on seed, step and rank alone.
+
+        So neither an evaluation nor a restart changes it, and no generator has to be saved.
+        """
+        key = row_key(self.context.recipe.run.seed, step, self.context.distributed.rank, 0)
+        torch.manual_seed(key >> 1)
 
     def _progress(self, total: int) -> Any:
         if self.context.distributed.is_main:
@@ -90,25 +111,30 @@ class Loop:
         """The step's metrics over all ranks."""
         distributed = self.context.distributed
         result.metrics.add("time/step_seconds", time.monotonic() - began)
+        result.metrics.add_max("memory/peak_gigabytes", distributed.peak_gigabytes())
         merged = MetricSums()
         for part in distributed.gather([result.metrics]):
             merged.merge(part)
         return merged.result()
 
     def _record(self, step: int, result: StepResult) -> None:
-        """All ranks' samples, in one file."""
+        """All ranks' samples in the order they were drawn, in one file."""
         if result.rollout is None:
             return
         distributed = self.context.distributed
         parts = distributed.gather([(result.rollout, result.advantages)])
         if not distributed.is_main:
             return
-        items = tuple(item for rollout, _ in parts for item in rollout.items)
-        advantages = [a for _, part in parts for a in part or ()]
-        rollout = Rollout(items, result.rollout.group_size, step)
-        if items:
+        rows = [
+            row
+            for rollout, advantages in parts
+            for row in zip(rollout.items, advantages or [None] * len(rollout.items), strict=True)
+        ]
+        rows.sort(key=lambda row: row[0].prompt.index)
+        rollout = Rollout(tuple(item for item, _ in rows), result.rollout.group_size, step)
+        if rows:
             SampleRecorder(self.directory.rollouts_dir).write(
-                rollout, advantages=advantages or None
+                rollout, advantages=[advantage for _, advantage in rows]
             )
         if step == 1:
             show_samples(rollout, 3)
@@ -147,7 +173,6 @@ def training_state(trainer: Trainer, context: TrainingContext, step: int) -> dic
         "reference": policy.reference.state_dict() if policy.reference else {},
         "optimizer": context.optimizer.state_dict(),
         "trainer": trainer.state_dict(),
-        "torch_rng": torch.get_rng_state(),
     }
 
 
@@ -171,7 +196,6 @@ def restore_state(trainer: Trainer, context: TrainingContext, state: Mapping[str
         context.policy.reference.load_state_dict(state["reference"])
     context.optimizer.load_state_dict(state["optimizer"])
     trainer.load_state_dict(state["trainer"])
-    torch.set_rng_state(state["torch_rng"])
     step: int = state["step"]
     return step
 

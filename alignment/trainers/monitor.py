@@ -59,8 +59,10 @@ class RolloutMonitor:
                 "rollout.max_new_tokens, or fine-tune the model to end its answers"
             )
         if not spread:
-            self._reasons.append(_no_spread(items))
-        check_unscorable(items, self._limits.unscorable)
+            rewards = {item.reward for item in items if item.reward is not None}
+            self._reasons.append(_no_spread(set(self._distributed.gather(sorted(rewards)))))
+        failed = self._distributed.gather([item for item in items if item.reward is None])
+        check_unscorable(failed, self._limits.unscorable, among=int(total))
 
     def rewards(self, rollout: Rollout, rewards: Tensor, metrics: MetricSums) -> None:
         """The shaped rewards that advantages are made from."""
@@ -142,8 +144,8 @@ def _record_parts(items: Sequence[RewardedCompletion], metrics: MetricSums) -> N
         metrics.add(f"reward/{name}", sum(v for v in values if v is not None), len(values))
 
 
-def _no_spread(items: Sequence[RewardedCompletion]) -> str:
-    rewards = {item.reward for item in items if item.reward is not None}
+def _no_spread(rewards: set[float]) -> str:
+    """Why no group has spread, given the distinct rewards of all groups."""
     if len(rewards) == 1:
         return (
             f"every reward is {rewards.pop():g}, so no completion is better than another; make the "

@@ -18,6 +18,7 @@ from alignment.runs.files import write_atomic
 from alignment.runs.lineage import run_info
 from alignment.runs.metrics import MetricsWriter
 from alignment.trainers.evaluation import evaluate_model
+from alignment.trainers.loop import Stopped
 from alignment.trainers.run import (
     FINISHED,
     check_expectations,
@@ -43,7 +44,11 @@ def run_pipeline(
         Console().rule(f"stage {stage.name}")
         recipe = load_stage(pipeline, stage.name, outputs)
         parents = [output["run"] for output in outputs.values()]
-        run = train(recipe, resume="auto", command=command, parents=parents)
+        try:
+            run = train(recipe, resume="auto", command=command, parents=parents)
+        except Stopped as stopped:
+            progress = f"{stopped.progress} of stage {stage.name}"
+            raise Stopped(progress, directory.recipe) from stopped
         outputs[stage.name] = {"model": str(run.model_dir), "run": str(run.path)}
         recipes[stage.name] = recipe
         gc.collect()
@@ -86,9 +91,11 @@ def _compare(
 ) -> None:
     """Evaluate the model the first stage started from and each stage's, with the same seeds.
 
-    Held-out problems, rewards and sampling are those of the last stage that has rewards.
+    Held-out data, rewards and sampling are those of the last stage that has rewards, or of the
+    last stage where none has.
     """
-    recipe = next(r for r in reversed(list(recipes.values())) if r.rewards)
+    latest_first = list(recipes.values())[::-1]
+    recipe = next((recipe for recipe in latest_first if recipe.rewards), latest_first[0])
     models = {"base": next(iter(recipes.values())).model.path}
     models |= {name: output["model"] for name, output in outputs.items()}
     results: dict[str, Mapping[str, Any]] = {}

@@ -20,7 +20,7 @@ from alignment.runs.checkpoint import latest_checkpoint, load_checkpoint
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.runs.expect import verify_run
-from alignment.runs.files import write_atomic
+from alignment.runs.files import readable_errors, write_atomic
 from alignment.runs.lineage import run_info
 from alignment.runs.rewind import rewind
 from alignment.trainers.context import Trainer, TrainingContext
@@ -50,13 +50,14 @@ def train(
     """
     path = Path(recipe.run.dir) / recipe.run.name
     recipe_yaml = dump_recipe(recipe)
-    exists = path.exists()
+    distributed = Distributed()
+    # Rank 0 looks, for all: a moment later it makes the folder.
+    exists = distributed.broadcast(path.exists())
     if exists:
         check_resumable(path, recipe_yaml, resume)
         if (path / FINISHED).is_file():
             Console().print(f"{path} is finished already; nothing to do")
             return RunDirectory.open(path)
-    distributed = Distributed()
     torch.manual_seed(recipe.run.seed)
     loaded = load_parts(recipe)
     directory = _open_directory(recipe, recipe_yaml, command, parents, loaded, distributed, exists)
@@ -142,7 +143,7 @@ def _resume(
     if path is not None:
         step = restore_state(trainer, context, load_checkpoint(path))
     if context.distributed.is_main:
-        rewind(directory, step)
+        rewind(directory, step if path else -1)  # step 0 is the evaluation at the start
         source = path.name if path else "the start: no checkpoint was saved"
         context.events.write("resume", f"resumed from {source}", step=step)
     context.distributed.barrier()
@@ -153,7 +154,8 @@ def _finish(directory: RunDirectory, context: TrainingContext, steps: int) -> No
     """Save the model, check expectations, write the report."""
     if not context.distributed.is_main:
         return
-    save_policy(context.policy.model, context.tokenizer, directory.model_dir)
+    with readable_errors("save the model to", directory.model_dir):
+        save_policy(context.policy.model, context.tokenizer, directory.model_dir)
     context.events.write("end", f"finished after {steps} steps")
     write_atomic(directory.path / FINISHED, json.dumps({"steps": steps}) + "\n")
     write_report(directory)

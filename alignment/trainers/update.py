@@ -57,15 +57,16 @@ class Updater:
             AlignmentError: too many skipped updates in a row.
         """
         local_loss = 0.0
+        (n_samples,) = self._distributed.sum([len(samples)])
         with self._policy.updating():
             for batch in self._policy.plan(samples, self._optim.micro_batch_tokens):
                 rows = [samples[i] for i in batch]
                 scores = self._policy(rows, **score_options(rows))
                 loss = loss_of(scores, batch)
                 if scores.aux_loss is not None:
-                    share = len(rows) / len(samples) / self._distributed.world_size
-                    loss = loss + self._router_aux_coef * share * scores.aux_loss
-                    metrics.add("router_loss", float(scores.aux_loss.detach()))
+                    loss = loss + self._router_aux_coef * scores.aux_loss * len(rows) / n_samples
+                    aux_loss = float(scores.aux_loss.detach())
+                    metrics.add("router_loss", aux_loss * len(rows), len(rows))
                 local_loss += float(loss.detach())
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]

@@ -146,9 +146,22 @@ class Broken(Letters):
         raise RuntimeError("the decoder is broken")
 
 
-def test_i44_bfloat16_stays_bfloat16() -> None:
-    model = tiny_model("llama").bfloat16()
-    done = NativeEngine(model, Letters()).generate([SHORT, LONG], PARAMS)
+@pytest.mark.parametrize("pack_weights", [False, True])
+def test_i44_bfloat16_stays_bfloat16(pack_weights: bool) -> None:
+    # Large enough for its weights to be rearranged while sampling on a CPU.
+    model = tiny_model("llama", hidden_size=128, intermediate_size=256).bfloat16()
+    engine = NativeEngine(model, Letters(), stop_token_ids=(), pack_weights=pack_weights)
+    done = engine.generate([SHORT, LONG], replace(PARAMS, max_new_tokens=20))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any("forward" in vars(module) for module in model.modules())
     for completion in done:
-        assert all(value <= 0 for value in completion.sampling_logprobs)
+        prompt = (SHORT, LONG)[completion.prompt_index]
+        tokens = torch.tensor(completion.token_ids)
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        logprobs = logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+        difference = logprobs.gather(1, tokens[:, None])[:, 0] - torch.tensor(
+            completion.sampling_logprobs
+        )
+        assert difference.abs().mean() < 0.05

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.rollout.hf import HFEngine
 from alignment.rollout.native import NativeEngine
@@ -273,10 +275,75 @@ def test_seed_and_step_change_the_draws(name: str, change: dict[str, int]) -> No
     assert sum(a == b for a, b in zip(first, other, strict=True)) <= 1
 
 
-def test_the_counted_engines_agree() -> None:
-    model = tiny_model("qwen3")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text", "gemma2"])
+def test_the_counted_engines_agree(family: str) -> None:
+    model = tiny_model(family)
     drawn = [
         [c.token_ids for c in ENGINES[name](model, Letters()).generate(prompts(), BASE)]
         for name in COUNTED
     ]
     assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize("name", ["native", "native_padded"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_rows": 1}, {"max_rows": 9}, {"kv_tokens": 23}, {"kv_tokens": 90}, {"prefill_tokens": 1}],
+    ids=str,
+)
+def test_limits_change_no_token(name: str, family: str, limits: dict[str, int]) -> None:
+    # 13 prompt tokens and 10 new ones: a budget of 23 lets rows in one at a time.
+    model = tiny_model(family)
+    params = replace(BASE, n=9)
+    ends = range(2, 8)
+    free = ENGINES[name](model, Letters(), stop_token_ids=ends).generate(prompts(), params)
+    tight = ENGINES[name](model, Letters(), stop_token_ids=ends, **limits)
+    done = tight.generate(prompts(), params)
+    assert [c.token_ids for c in done] == [c.token_ids for c in free]
+    for one, other in zip(done, free, strict=True):
+        assert one.sampling_logprobs == pytest.approx(other.sampling_logprobs, abs=1e-5)
+
+
+def test_a_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    engine = NativeEngine(model, Letters(), max_rows=2)
+    computed: list[int] = []
+    monkeypatch.setattr(
+        model.model.embed_tokens,
+        "forward",
+        lambda ids: (
+            computed.append(ids.numel())
+            or torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
+        ),
+    )
+    done = engine.generate([prompts()[0], prompts()[4]], replace(BASE, n=9))
+    fed_back = sum(len(c.token_ids) - 1 for c in done)
+    assert sum(computed) == len(prompts()[0].token_ids) + fed_back
+
+
+def test_native_samples_from_the_active_adapter() -> None:
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, init_lora_weights=False))
+    done = NativeEngine(model, Letters()).generate(prompts(), BASE)
+    assert_faithful(model, prompts(), done, BASE)
+    with model.disable_adapter():
+        plain = NativeEngine(model, Letters()).generate(prompts(), BASE)
+    assert [c.token_ids for c in plain] != [c.token_ids for c in done]
+
+
+def test_native_hands_recurrent_models_to_generate(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mamba",
+        vocab_size=64,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=2,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    engine = NativeEngine(model, Letters())
+    assert "recurrent state" in str(engine.fallback_reason)
+    assert "transformers' generate" in caplog.text
+    assert_faithful(model, prompts(), engine.generate(prompts(), BASE), BASE)
