@@ -9,7 +9,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Errors only: what pip says of every index it looks at would bury them.
+PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .PHONY: setup quickstart test lint format typecheck bench docs clean
 
@@ -21,6 +22,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; \
 	    sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	    { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python3.12"; exit 2; }
+	@echo "setting up $(VENV): a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
 	$(PIP) install --editable ".[dev]"

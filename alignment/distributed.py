@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 
 T = TypeVar("T")
@@ -25,7 +25,10 @@ class Distributed:
     """This process among those of the run (one process where nothing was launched)."""
 
     def __init__(self, *, cpu: bool = False) -> None:
-        self._state = PartialState(cpu=cpu)
+        # accelerate joins processes on a CPU only where it is told that there is nothing else.
+        no_accelerator = not torch.accelerator.is_available()
+        on_cpu = cpu or no_accelerator or parse_flag_from_env("ACCELERATE_USE_CPU")
+        self._state = PartialState(cpu=on_cpu)
 
     @property
     def rank(self) -> int:

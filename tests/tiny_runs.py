@@ -101,3 +101,19 @@ class FailsOn:
         if completion.sample_index in self._samples:
             return Score(None, Outcome.CRASH, "the grader fell over")
         return Score(even_tokens([completion.token_ids])[0])
+
+
+class FailsForPrompts:
+    """Even tokens, but a crash for all samples of some prompts."""
+
+    def __init__(self, prompts: list[int]) -> None:
+        self._prompts = prompts
+
+    def __call__(self, items: Sequence[tuple[Prompt, Completion]], /) -> list[Score]:
+        failed = Score(None, Outcome.CRASH, "the grader fell over")
+        return [
+            failed
+            if prompt.index in self._prompts
+            else Score(even_tokens([completion.token_ids])[0])
+            for prompt, completion in items
+        ]

@@ -140,7 +140,7 @@ class ChatEncoder:
         if not self.has_template:
             return None
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        last = self.conversation(probe, where="the chat template").completion_ids[-1]
+        last = self.conversation(probe, where="a question and its answer").completion_ids[-1]
         return last if last in self._control.ids.values() else None
 
     def _spans(
@@ -181,7 +181,10 @@ class ChatEncoder:
                 **self._options,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise UserInputError(f"{where}: the chat template rejects it: {error}") from error
+            raise UserInputError(
+                f"{where}: the chat template rejects it: {error}; correct the messages, or give "
+                "another template with model.chat_template"
+            ) from error
         return str(rendered)
 
     def _refuse_doubled_bos(self, ids: Sequence[int], where: str) -> None:
@@ -255,7 +258,7 @@ def check_stop_token_trained(
     encoder = ChatEncoder(tokenizer, template_options=template_options)
     if encoder.has_template:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        sample = encoder.conversation(probe, where="the chat template")
+        sample = encoder.conversation(probe, where="a question and its answer")
     else:
         sample = encoder.plain("a", "b", where="the tokenizer")
     last = sample.completion_ids[-1]

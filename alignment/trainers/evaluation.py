@@ -21,7 +21,6 @@ from alignment.trainers.context import TrainingContext
 from alignment.trainers.sampling import sampling_params
 from alignment.trainers.setup import assemble, load_parts
 from alignment.types import (
-    AlignmentError,
     Completion,
     Prompt,
     RewardedCompletion,
@@ -116,9 +115,9 @@ def token_scores(
 
 
 def _no_rewards(_: Sequence[tuple[Prompt, Completion]]) -> list[RewardedCompletion]:
-    raise AlignmentError(
-        "the task grades completions, but the recipe has no rewards; list the verifier under "
-        "rewards"
+    raise UserInputError(
+        "the task grades completions, but the run's recipe has no rewards; evaluate the run with "
+        "a recipe that has some: align eval RUN --task TASK --recipe RECIPE"
     )
 
 

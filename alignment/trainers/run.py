@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from alignment import registry
 from alignment.config.load import dump_recipe
@@ -22,6 +24,7 @@ from alignment.runs.events import EventLog
 from alignment.runs.expect import verify_run
 from alignment.runs.files import readable_errors, write_atomic
 from alignment.runs.lineage import run_info
+from alignment.runs.metrics import read_metrics
 from alignment.runs.rewind import rewind
 from alignment.trainers.context import Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
@@ -56,23 +59,27 @@ def train(
     if exists:
         check_resumable(path, recipe_yaml, resume)
         if (path / FINISHED).is_file():
-            Console().print(f"{path} is finished already; nothing to do")
+            Console().print(f"{path} is finished already; nothing to do", soft_wrap=True)
             return RunDirectory.open(path)
     torch.manual_seed(recipe.run.seed)
     loaded = load_parts(recipe)
     directory = _open_directory(recipe, recipe_yaml, command, parents, loaded, distributed, exists)
     own_log = directory.path / f"events-rank{distributed.rank}.jsonl"
     events = EventLog(directory.events if distributed.is_main else own_log)
-    context = assemble(loaded, distributed, events)
-    trainer: Trainer = registry.get("trainer", algorithm_type(recipe))(context)
-    start = _resume(directory, trainer, context, resume) if exists else 0
-    context.events.write("start", f"training from step {start}", step=start)
     try:
+        context = assemble(loaded, distributed, events)
+        trainer: Trainer = registry.get("trainer", algorithm_type(recipe))(context)
+        start = _resume(directory, trainer, context, resume) if exists else 0
+        context.events.write("start", f"training from step {start}", step=start)
         Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), start).run()
         _finish(directory, context, trainer.total_steps)
+    except UserInputError:
+        if distributed.is_main and not exists:
+            _withdraw(directory)
+        raise
     finally:
-        if context.rewards is not None:
-            context.rewards.close()
+        if loaded.rewards is not None:
+            loaded.rewards.close()
     return directory
 
 
@@ -150,16 +157,33 @@ def _resume(
     return step
 
 
+def _withdraw(directory: RunDirectory) -> None:
+    """Take back the folder of a run that could not begin, so that a mended recipe finds its name
+    free. A run that made a step stays."""
+    if all(record["step"] < 1 for record in read_metrics(directory.metrics)):
+        shutil.rmtree(directory.path)
+
+
 def _finish(directory: RunDirectory, context: TrainingContext, steps: int) -> None:
     """Save the model, check expectations, write the report."""
     if not context.distributed.is_main:
         return
-    with readable_errors("save the model to", directory.model_dir):
-        save_policy(context.policy.model, context.tokenizer, directory.model_dir)
+    _save_model(directory, context)
     context.events.write("end", f"finished after {steps} steps")
     write_atomic(directory.path / FINISHED, json.dumps({"steps": steps}) + "\n")
     write_report(directory)
     check_expectations(directory)
+
+
+def _save_model(directory: RunDirectory, context: TrainingContext) -> None:
+    with readable_errors("save the model to", directory.model_dir):
+        try:
+            save_policy(context.policy.model, context.tokenizer, directory.model_dir)
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise AlignmentError(
+                f"cannot save the model to {directory.model_dir}: {error}; make room and give the "
+                "same command again (the last checkpoint has the weights)"
+            ) from error
 
 
 def write_report(directory: RunDirectory) -> None:

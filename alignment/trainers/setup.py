@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,8 +235,11 @@ def _tokenize(
             "max_tokens": context_length,
         }
         samples = _reported(build_samples(train_rows, tokenizer, **options), "training", warnings)
-        held_out = build_samples(held_out_rows, tokenizer, **options) if held_out_rows else ((),)
-        return TokenizedData(samples=samples, held_out_samples=held_out[0])
+        held_out = build_samples(held_out_rows, tokenizer, **options)[0] if held_out_rows else ()
+        held_out_prompts = _if_they_fit(
+            build_prompts, held_out_rows, tokenizer, system=recipe.data.system
+        )
+        return TokenizedData((), samples, held_out_prompts, held_out)
     options = {
         "system": recipe.data.system,
         "max_prompt_tokens": _prompt_limit(recipe, context_length),
@@ -245,7 +248,30 @@ def _tokenize(
     held_out_prompts = (
         build_prompts(held_out_rows, tokenizer, **options)[0] if held_out_rows else ()
     )
-    return TokenizedData(prompts=prompts, held_out_prompts=held_out_prompts)
+    held_out_samples = _if_they_fit(
+        build_samples,
+        held_out_rows,
+        tokenizer,
+        system=recipe.data.system,
+        max_tokens=context_length,
+    )
+    return TokenizedData(prompts, (), held_out_prompts, held_out_samples)
+
+
+def _if_they_fit(
+    build: Callable[..., tuple[Sequence[Any], DataReport]],
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    **options: Any,
+) -> Sequence[Any]:
+    """Held-out rows in the form that only evaluation uses; empty where the rows have no such form.
+
+    So any task runs on any run whose data has what it needs, whatever the method.
+    """
+    try:
+        return build(rows, tokenizer, **options)[0]
+    except UserInputError:
+        return ()
 
 
 def _prompt_limit(recipe: Recipe, context_length: int | None) -> int | None:

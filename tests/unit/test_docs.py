@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
+
+from alignment.runs.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
@@ -37,7 +40,8 @@ def test_the_recipe_reference_has_every_section_and_the_limits_of_a_key() -> Non
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_links_between_files_lead_somewhere(page: Path) -> None:
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
+    text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in LINK.findall(text):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
@@ -46,3 +50,47 @@ def test_the_figure_script_says_what_is_missing(tmp_path: Path) -> None:
     done = run_script("build_figures.py", str(tmp_path))
     assert done.returncode == 2
     assert "recorded reward/mean" in done.stderr
+
+
+def documented_metrics() -> list[re.Pattern[str]]:
+    """The names in the first column of docs/metrics.md (the second in its table of tasks)."""
+    text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    training, evaluation = text.split("## Evaluation")
+    names = [
+        name
+        for line in training.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+    ]
+    for line in evaluation.splitlines():
+        if line.startswith("| "):
+            cells = line.split("|")
+            names += [f"eval/<task>/{name}" for name in re.findall(r"`([^`]+)`", cells[2])]
+    return [re.compile(re.sub(r"<\w+>", r"[^/]+", re.escape(name))) for name in names]
+
+
+def test_every_metric_of_a_run_is_documented(tmp_path: Path) -> None:
+    tiny_runs.run("sft", tmp_path, "eval.tasks=[{type: held_out_loss}]")
+    tiny_runs.run(
+        "grpo",
+        tmp_path,
+        "data.held_out=4",
+        "eval.tasks=[{type: verifiable, samples: 2, ks: [1, 2]}]",
+        "algorithm.kl={coef: 0.1, controller: adaptive, target: 0.1, horizon: 100}",
+        "algorithm.loss.dual_clip=3.0",
+        "rewards=[{type: 'tiny_runs:even_tokens'}, {type: number, weight: 0.5}]",
+    )
+    recorded = {
+        name
+        for run in ("sft", "grpo")
+        for record in read_metrics(tmp_path / run / "metrics.jsonl")
+        for name in record
+    } - {"step"}
+    documented = documented_metrics()
+    assert len(recorded) > 50
+    missing = [name for name in recorded if not any(one.fullmatch(name) for one in documented)]
+    assert not missing
+    unused = [
+        one.pattern for one in documented if not any(one.fullmatch(name) for name in recorded)
+    ]
+    assert unused == ["router_loss"]

@@ -215,7 +215,7 @@ def test_i01_i03_grpo_gradient(
     trainer.learn(1, fixed.experience(), fixed.advantages, slice(0, 8), metrics)
     plain = PlainModel()
     loss = hand_built_loss(plain, fixed, trainer.config, temperature=0.8, longest=8)
-    assert metrics.result()["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics.result()["loss"] == pytest.approx(loss.item(), rel=1e-5)
     clipped = metrics.result()
     assert clipped["policy/clip_fraction/low"] > 0.0  # the clip took part
     assert clipped["policy/clip_fraction/high"] > 0.0
