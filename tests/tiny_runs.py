@@ -29,7 +29,15 @@ GRPO = (
 )
 """A step learns something from the first one on: random tokens differ in how many are even."""
 
-SFT = ("run.name=sft", "algorithm.steps=2", "algorithm.samples_per_step=4", "expect=[]")
+SFT = (
+    "run.name=sft",
+    "data={type: arithmetic, operation: add, operands: 2, low: 1, high: 4, held_out: 3}",
+    "algorithm.steps=2",
+    "algorithm.samples_per_step=4",
+    "optim.lr=3e-3",
+    "optim.schedule=constant",
+    "expect=[]",
+)
 
 _METHODS = {"grpo": ("tiny/grpo", GRPO), "sft": ("tiny/sft", SFT)}
 

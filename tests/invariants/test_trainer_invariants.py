@@ -22,13 +22,12 @@ from tiny_runs import (
 from torch import Tensor
 
 from alignment.distributed import Distributed
-from alignment.losses import TokenLoss
+from alignment.losses import TokenLoss, sft_loss
 from alignment.modeling.scorer import Scores
 from alignment.rollout.native import NativeEngine
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.runs.metrics import MetricSums
-from alignment.trainers import sft as sft_module
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.experience import Experience, training_samples
 from alignment.trainers.group_relative import POLICY_LOSSES, KLTerm
@@ -310,7 +309,7 @@ def plant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             return wrapped
 
         monkeypatch.setitem(POLICY_LOSSES, "clip", wrap(POLICY_LOSSES["clip"]))
-        monkeypatch.setattr(sft_module, "sft_loss", wrap(sft_module.sft_loss))
+        monkeypatch.setattr("alignment.trainers.sft.sft_loss", wrap(sft_loss))
 
     yield planting
 
@@ -376,7 +375,7 @@ def test_i44_a_rollout_leaves_the_model_as_it_was(
     trainer.step(1)
 
     def state() -> dict[str, Any]:
-        model = context.policy.model
+        model: Any = context.policy.model
         return {
             "dtypes": {n: p.dtype for n, p in model.named_parameters()},
             "identities": {n: (id(p), p.data_ptr()) for n, p in model.named_parameters()},

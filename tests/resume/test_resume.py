@@ -107,7 +107,7 @@ def fail_when(patch: pytest.MonkeyPatch, owner: Any, name: str, step: int) -> No
     patch.setattr(owner, name, failing)
 
 
-MOMENTS = {
+MOMENTS: dict[str, Callable[[Any], tuple[Any, str, int]]] = {
     "in the step": lambda trainer: (trainer, "step", 4),
     "before its metrics": lambda trainer: (Loop, "_record", 4),
     "before its checkpoint": lambda trainer: (Loop, "_save", 4),
@@ -279,7 +279,7 @@ def test_the_command_exits_with_0_when_it_was_asked_to_stop(
     monkeypatch.setattr(SFTTrainer, "step", signalled)
     result = CliRunner().invoke(app, ["train", "tiny/sft", f"run.dir={tmp_path}"])
     assert result.exit_code == 0
-    assert "stopped after step 1 of 30, which is saved; to go on: align train" in result.output
+    assert "stopped after step 1 of 60, which is saved; to go on: align train" in result.output
 
 
 def test_a_finished_run_is_not_run_again(

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from safetensors import SafetensorError
 from tiny_runs import GRPO, SFT, metrics_of, run
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from alignment.cli import app
 from alignment.runs import checkpoint, files
@@ -310,7 +309,7 @@ def test_a_disk_without_room_for_a_checkpoint(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+        patch.setattr("alignment.runs.checkpoint.shutil.disk_usage", lambda _: usage)
         with pytest.raises(AlignmentError, match=r"does not fit into .* free some space"):
             run("sft", tmp_path, *FULL)
     assert not list_checkpoints(tmp_path / "sft" / "checkpoints")

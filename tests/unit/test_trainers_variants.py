@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES
 from tiny_runs import metrics_of, recipe_of, rollouts_of, run, weights_of
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.config.load import dump_recipe, parse_recipe
 from alignment.modeling.catalog import fetch
@@ -93,8 +93,9 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **options))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model("qwen3_moe", **options))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
