@@ -72,3 +72,29 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.15)
     return model.eval()
+
+
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+
+
+def recurrent_model(family: str) -> Any:
+    """A tiny fp32 model whose layers keep a state that no attention mask can keep apart."""
+    torch.manual_seed(0)
+    common = {k: v for k, v in _SMALL.items() if family != "mamba" or "heads" not in k}
+    config = AutoConfig.for_model(family, **(common | RECURRENT[family]))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -20,12 +20,16 @@ from alignment.types import Completion, Outcome, Prompt, Score
 
 GRPO = (
     "run.name=grpo",
+    "data={type: arithmetic, operation: add, operands: 2, low: 1, high: 9, held_out: 8}",
     "algorithm.steps=2",
     "algorithm.prompts_per_step=4",
     "algorithm.group_size=4",
     "algorithm.kl.coef=0.0",
     "rollout.max_new_tokens=8",
     "rewards=[{type: 'tiny_runs:even_tokens'}]",
+    "optim.lr=3e-3",
+    "optim.schedule=constant",
+    "expect=[]",
 )
 """A step learns something from the first one on: random tokens differ in how many are even."""
 

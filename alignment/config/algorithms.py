@@ -110,7 +110,8 @@ class KLConfig(Section):
     coef: NonNegative = 0.0
     """Weight of the KL divergence from the reference; 0 is off (it is still measured)."""
     placement: Literal["loss", "reward"] = "loss"
-    """Where it acts: a term of the loss, or a penalty on each token's reward."""
+    """Where it acts: a term of the loss, or a penalty subtracted from the
+    reward (the sum over its tokens)."""
     estimator: Literal["k1", "k2", "k3", "full"] = Field(
         default_factory=lambda data: "k1" if data.get("placement") == "reward" else "k3"
     )

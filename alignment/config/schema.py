@@ -199,7 +199,7 @@ class RolloutConfig(Section):
     max_rows: PositiveCount = 64
     """Completions generated side by side."""
     kv_tokens: PositiveCount | None = None
-    """Most tokens held in the key-value cache; null derives it from the memory there is."""
+    """Most tokens held in the key-value cache; null takes what max_rows rows need."""
 
     @field_validator("engine")
     @classmethod

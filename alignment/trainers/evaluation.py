@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignment import registry
 from alignment.config.load import load_recipe
-from alignment.config.options import validate_options
+from alignment.config.options import resolve, validate_options
 from alignment.config.schema import Recipe, ReferenceConfig, TaskConfig
 from alignment.distributed import Distributed
 from alignment.modeling.policy import PolicyWithReference
@@ -76,7 +75,7 @@ class Evaluator:
 
 def make_task(config: TaskConfig) -> Any:
     """The task of a recipe's entry."""
-    factory = registry.get("task", config.type)
+    factory = resolve("task", config.type)
     return factory(**validate_options(factory, config.options))
 
 

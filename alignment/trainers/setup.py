@@ -11,7 +11,7 @@ import torch
 
 from alignment import registry
 from alignment.config.algorithms import GRPOConfig, SFTConfig
-from alignment.config.options import validate_options
+from alignment.config.options import resolve, validate_options
 from alignment.config.schema import DataConfig, ModelConfig, Recipe, RolloutConfig
 from alignment.data.chat import check_stop_token_trained, stop_token_ids
 from alignment.data.order import DataOrder, split_held_out
@@ -142,7 +142,7 @@ def load_rows(
     config: DataConfig,
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """(training rows, held-out rows) of a recipe's source."""
-    source = registry.get("source", config.type)
+    source = resolve("source", config.type)
     options = validate_options(source, config.options, where="data")
     train, held_out = split_held_out(source(**options), config.held_out, seed=_SPLIT_SEED)
     return train[: config.limit], held_out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB, tiny_model
+from tiny_models import FAMILIES, RECURRENT, VOCAB, recurrent_model, tiny_model
 from torch import Tensor
 
 from alignment.modeling.backbone import Backbone
@@ -180,6 +180,24 @@ def test_i25_a_model_that_ignores_the_mask_falls_back_to_plain_rows() -> None:
     assert "see each other" in (packing_fault(backbone) or "")
 
 
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_architectures_take_plain_rows(family: str) -> None:
+    model = recurrent_model(family)
+    backbone = Backbone(model)
+    assert backbone.plain_reason is not None
+    samples = random_samples()
+    scores = score(backbone, samples)
+    scores.logprobs.sum().backward()
+    padded_gradients = gradients(model)
+    expected = [plain_logprobs(model, s) for s in samples]
+    sum(e.sum() for e in expected).backward()
+    for i, row in enumerate(expected):
+        torch.testing.assert_close(scores.logprobs[i, : len(row)], row, atol=1e-5, rtol=0)
+    for name, gradient in gradients(model).items():
+        scale = max(float(gradient.abs().max()), 1.0)
+        torch.testing.assert_close(padded_gradients[name], gradient, atol=2e-5 * scale, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_router_loss_equals_transformers(family: str) -> None:
     model = tiny_model(family)
@@ -191,11 +209,11 @@ def test_router_loss_equals_transformers(family: str) -> None:
     # length that is the loss of the pooled statistics, so compare layer by layer.
     expected = []
     for layer in out.router_logits:
-        p = layer.reshape(-1, layer.shape[-1]).double().softmax(-1)
+        p = layer.detach().reshape(-1, layer.shape[-1]).double().softmax(-1)
         top = p.topk(2, -1).indices
         f = torch.stack([(top == e).any(-1).double().mean() for e in range(p.shape[-1])])
         expected.append(p.shape[-1] * (f * p.mean(0)).sum())
-    assert loss.item() == pytest.approx(float(sum(expected) / len(expected)), abs=1e-5)
+    assert loss.detach().item() == pytest.approx(float(sum(expected) / len(expected)), abs=1e-5)
 
 
 def test_dense_model_has_no_router_loss() -> None:
@@ -209,3 +227,26 @@ def test_empty_prompt_and_completion_are_refused() -> None:
         score(backbone, [Sample((), (3,), (True,))])
     with pytest.raises(AlignmentError, match="sample 0 has an empty completion"):
         score(backbone, [Sample((3,), (), ())])
+
+
+def test_entropy_gradient_follows_the_closed_form() -> None:
+    model = tiny_model()
+    sample = random_samples(1, 1)[0]
+    score(Backbone(model), [sample], entropy=True, entropy_gradient=True).entropies.sum().backward()
+    mine = gradients(model)
+    ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1]
+    log_p = logits.log_softmax(-1)
+    (-(log_p.exp() * log_p).sum()).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(mine[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_truncated_support_keeps_the_sampled_token() -> None:
+    """A token just outside the top-k stays scorable, with the others renormalised around it."""
+    model = tiny_model()
+    sample = random_samples(1, 1)[0]
+    sampling = SamplingParams(max_new_tokens=8, top_k=2)
+    scores = score(Backbone(model), [sample], sampling=sampling, entropy=True)
+    assert scores.logprobs.isfinite().all() and scores.entropies.isfinite().all()
+    assert (scores.entropies <= torch.tensor(3.0).log() + 1e-6).all()
