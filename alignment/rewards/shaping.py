@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from alignment.types import StopReason, UserInputError
+from alignment.types import UserInputError
 
 
 def soft_overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
@@ -35,47 +33,3 @@ def length_shortfall(count: int, *, target: int) -> float:
     `max(0, 1 - |count - target| / target)`.
     """
     return max(0.0, 1.0 - abs(count - target) / target)
-
-
-def clip_reward(reward: float, *, low: float, high: float) -> float:
-    """The reward, held between `low` and `high`."""
-    if low > high:
-        raise UserInputError(f"reward bounds are the wrong way round: low {low} > high {high}")
-    return min(max(reward, low), high)
-
-
-TRUNCATED: dict[str, Callable[[float, float], float | None]] = {
-    # how a truncated completion is treated, by name: (reward, penalty) -> reward
-    "keep": lambda reward, penalty: reward,
-    "penalize": lambda reward, penalty: reward - penalty,
-    "replace": lambda reward, penalty: -penalty,
-    "mask": lambda reward, penalty: None,
-}
-
-
-def shape_truncated(
-    rewards: Sequence[float | None],
-    stop_reasons: Sequence[StopReason],
-    *,
-    treatment: str,
-    penalty: float = 1.0,
-) -> list[float | None]:
-    """Rewards after treating completions that were cut off before they ended.
-
-    `keep` leaves them; `penalize` subtracts `penalty` (the missing-EOS penalty of RLHF);
-    `replace` makes the reward `-penalty`; `mask` makes it None, which leaves the sample out of
-    the loss (DAPO's overlong filtering). None stays None.
-
-    Raises:
-        UserInputError: unknown treatment.
-    """
-    if treatment not in TRUNCATED:
-        raise UserInputError(
-            f"unknown treatment {treatment!r} of truncated completions; "
-            f"one of: {', '.join(TRUNCATED)}"
-        )
-    treat = TRUNCATED[treatment]
-    return [
-        treat(reward, penalty) if reward is not None and reason is StopReason.LENGTH else reward
-        for reward, reason in zip(rewards, stop_reasons, strict=True)
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from alignment.rollout.engine import RolloutEngine
 from alignment.types import Completion, Prompt, RewardedCompletion, Rollout, SamplingParams
@@ -77,8 +77,3 @@ def sample_and_grade(
 def has_spread(group: Sequence[RewardedCompletion]) -> bool:
     """True where the rewards of a group differ, so that comparing its members teaches something."""
     return len({item.reward for item in group if item.reward is not None}) > 1
-
-
-def with_reward(item: RewardedCompletion, reward: float) -> RewardedCompletion:
-    """The same completion with another reward (shaping)."""
-    return replace(item, reward=reward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -116,9 +116,3 @@ def aligned_floats(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
 def pick(items: Sequence[Tensor], start: int, rows: Sequence[int]) -> list[Tensor]:
     """`items[start + i]` for each row of a minibatch that begins at `start`."""
     return [items[start + i] for i in rows]
-
-
-def groups_of(rollout: Rollout) -> Iterator[slice]:
-    """The slice of each group of a rollout."""
-    for start in range(0, len(rollout.items), rollout.group_size):
-        yield slice(start, start + rollout.group_size)

@@ -21,9 +21,7 @@ from alignment.rewards.compose import (
 )
 from alignment.rewards.protocol import FunctionReward, Item, RewardError, run_reward
 from alignment.rewards.shaping import (
-    clip_reward,
     length_shortfall,
-    shape_truncated,
     soft_overlong_penalty,
 )
 from alignment.types import (
@@ -344,28 +342,7 @@ def test_overlong_buffer_must_fit(buffer: int) -> None:
         soft_overlong_penalty(1, max_length=100, buffer=buffer)
 
 
-@pytest.mark.parametrize(
-    ("treatment", "expected"),
-    [
-        ("keep", [1.0, 1.0, None]),
-        ("penalize", [1.0, 0.5, None]),
-        ("replace", [1.0, -0.5, None]),
-        ("mask", [1.0, None, None]),
-    ],
-)
-def test_truncated_completions(treatment: str, expected: list[float | None]) -> None:
-    reasons = [StopReason.STOP, StopReason.LENGTH, StopReason.LENGTH]
-    shaped = shape_truncated([1.0, 1.0, None], reasons, treatment=treatment, penalty=0.5)
-    assert shaped == expected
-
-
-def test_unknown_treatment_is_refused() -> None:
-    with pytest.raises(UserInputError, match=r"unknown treatment 'drop'.*mask"):
-        shape_truncated([1.0], [StopReason.STOP], treatment="drop")
-
-
-def test_clip_and_length_shortfall_by_hand() -> None:
-    assert [clip_reward(x, low=-1.0, high=2.0) for x in (-3.0, 0.5, 7.0)] == [-1.0, 0.5, 2.0]
+def test_length_shortfall_by_hand() -> None:
     assert [length_shortfall(n, target=4) for n in (0, 1, 4, 6, 8, 20)] == [
         0.0,
         0.25,
@@ -374,5 +351,3 @@ def test_clip_and_length_shortfall_by_hand() -> None:
         0.0,
         0.0,
     ]
-    with pytest.raises(UserInputError, match="wrong way round"):
-        clip_reward(0.0, low=1.0, high=0.0)
