@@ -13,12 +13,6 @@ from alignment import __version__
 from alignment.cli import chat, check, doctor, eval, models, recipes, report, train, verify
 from alignment.cli.common import EXIT_INTERRUPTED, guarded
 
-# GNU OpenMP threads spin while they wait for each other. On cores shared with other work, the one
-# waited for may not be running, and two spinning threads made a step here ten times slower; a short
-# spin costs a few percent on a quiet machine. Read when torch is first imported; the user's wins.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
-
 app = typer.Typer(
     name="align",
     no_args_is_help=True,
