@@ -263,8 +263,13 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.fail("the second signal did not act")
 
     monkeypatch.setattr(GRPOTrainer, "step", signalled)
-    with pytest.raises(KeyboardInterrupt):
-        run("grpo", tmp_path, *settings_of("grpo"))
+    # A test run started in the background inherits SIGINT ignored; "as usual" is Python's own.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("grpo", tmp_path, *settings_of("grpo"))
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_the_command_exits_with_0_when_it_was_asked_to_stop(

@@ -114,7 +114,7 @@ def test_the_installed_package_works_in_another_folder(installed: Path, tmp_path
         (["--help"], "Post-training alignment"),
         (["recipes", "list"], "tiny/sft"),
         (["check", "tiny/sft"], "tiny-sft: the recipe is valid"),
-        (["check", "tiny/grpo"], "1 x length (kind: target, unit: tokens, count: 3)"),
+        (["check", "tiny/grpo"], "1 x regex (pattern: [0-9], mode: search)"),
     ):
         done = python(installed, tmp_path, "-m", "alignment", *arguments)
         assert done.returncode == 0, done.stderr
