@@ -27,6 +27,9 @@ from alignment.trainers.run import (
     write_report,
 )
 
+COMPARISON = "comparison.txt"
+"""The tables that a pipeline ends by printing, for people."""
+
 
 def run_pipeline(
     pipeline: PipelineRecipe, *, resume: str = "auto", command: Sequence[str] = ()
@@ -52,12 +55,14 @@ def run_pipeline(
         outputs[stage.name] = {"model": str(run.model_dir), "run": str(run.path)}
         recipes[stage.name] = recipe
         gc.collect()
-    if (directory.path / FINISHED).is_file():
-        write_report(directory)
-        return directory
-    if pipeline.compare is not None:
-        _compare(directory, pipeline.compare, recipes, outputs)
-    write_atomic(directory.path / FINISHED, "{}\n")
+    if not (directory.path / FINISHED).is_file():
+        if pipeline.compare is not None:
+            _compare(directory, pipeline.compare, recipes, outputs)
+        write_atomic(directory.path / FINISHED, "{}\n")
+    table = directory.path / COMPARISON
+    if table.is_file():
+        text = table.read_text(encoding="utf-8")
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
     write_report(directory)
     check_expectations(directory)
     return directory
@@ -103,14 +108,17 @@ def _compare(
         Console().print(f"evaluating {name}", highlight=False)
         results[name] = evaluate_model(recipe, path, config.tasks, seed=config.seed)
         gc.collect()
+    for leftover in directory.path.glob("comparison*.json"):  # of a comparison that was cut short
+        leftover.unlink()
     metrics: dict[str, float] = {}
+    tables: list[str] = []
     for task in results["base"]:
         per_model = {name: result[task] for name, result in results.items()}
-        text = registry.get("report", "comparison")(per_model, directory.path, task)
-        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        tables.append(registry.get("report", "comparison")(per_model, directory.path, task))
         for name, result in per_model.items():
             metrics |= {f"{task}/{name}/{key}": v for key, v in result.metrics.items()}
     writer = MetricsWriter(directory.metrics)
     writer.truncate_after(0)
     if writer.last_step is None:
         writer.write(0, metrics)
+    write_atomic(directory.path / COMPARISON, "\n\n".join(tables) + "\n")
