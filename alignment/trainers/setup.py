@@ -37,8 +37,9 @@ from alignment.runs.lineage import data_hash
 from alignment.trainers.context import TrainingContext
 from alignment.types import Prompt, Sample, UserInputError
 
-# The held-out split is the same in every run of a source, whatever the run's seed: runs are
-# compared on the same problems, and a later stage never evaluates on what an earlier one saw.
+# The held-out split does not depend on the run's seed: runs whose recipes describe the same rows
+# and the same `held_out` are compared on the same problems, and a later stage never evaluates on
+# what an earlier one saw. Another size or `held_out` is another split.
 _SPLIT_SEED = 0
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
