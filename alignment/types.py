@@ -142,15 +142,53 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """Preference pairs: `chosen[i]` was preferred to `rejected[i]`; both answer the same prompt."""
+    """Preference pairs: `chosen[i]` was preferred to `rejected[i]`; both answer the same prompt.
+
+    `margins[i]` says by how much, where somebody rated it; empty where nobody did.
+    """
 
     chosen: tuple[Sample, ...]
     rejected: tuple[Sample, ...]
+    margins: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.chosen) != len(self.rejected):
             raise AlignmentError(
                 f"{len(self.chosen)} chosen and {len(self.rejected)} rejected samples do not pair"
+            )
+        if self.margins and len(self.margins) != len(self.chosen):
+            raise AlignmentError(
+                f"{len(self.margins)} margins for {len(self.chosen)} pairs; give one a pair or none"
+            )
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSample:
+    """A completion somebody found desirable or not, without a partner to compare with (KTO)."""
+
+    sample: Sample
+    desirable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SteppedSample:
+    """A completion in steps, each with a label (process supervision).
+
+    `sample.loss_mask` is True at the last token of each labelled step; `labels` has one value for
+    each of those tokens, in order: 1.0 for a good step, 0.0 for a bad one, or between.
+    """
+
+    sample: Sample
+    labels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != self.sample.n_loss_tokens:
+            raise AlignmentError(
+                f"a SteppedSample has {len(self.labels)} labels for {self.sample.n_loss_tokens} "
+                "marked step ends; give one label per step"
             )
 
 
