@@ -31,6 +31,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "sft": "alignment.trainers.sft:SFTTrainer",
         "grpo": "alignment.trainers.grpo:GRPOTrainer",
         "rlvr": "alignment.trainers.grpo:GRPOTrainer",
+        "ppo": "alignment.trainers.ppo:PPOTrainer",
     },
     "engine": {
         "native": "alignment.rollout.native:NativeEngine",

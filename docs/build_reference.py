@@ -99,7 +99,8 @@ def reference() -> str:
 def _methods() -> dict[str, type[Section]]:
     """Names that share a model, joined -> the model."""
     names: dict[type[Section], list[str]] = {}
-    for name, model in BUILT_IN.items():
+    for name, target in BUILT_IN.items():
+        model = registry.load_target(target, name)
         names.setdefault(model, []).append(name)
     return {" or ".join(f"`{one}`" for one in shared): model for model, shared in names.items()}
 

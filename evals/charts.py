@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from evals.curves import CURVES, EVAL_CURVES, NAMED, Bounds, Curves, EvalCurves
 from evals.rundata import EvalSummary, RunData, number
 from evals.svg import N_COLOURS, Series, line_chart
-
-Bounds = tuple[float | None, float | None]
 
 MAX_POINTS = 300  # of a curve; longer runs are averaged over neighbouring steps
 MAX_TABLE_ROWS = 60
 MAX_OTHER = 60
-SHARE: Bounds = (0.0, 1.0)
-NON_NEGATIVE: Bounds = (0.0, None)
+MAX_SCALES = 6.0  # lines of one chart are within this factor in size, where a chart takes any
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,123 +25,6 @@ class Chart:
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Curves:
-    """One chart of training metrics: (metric name, legend) lines that share a unit.
-
-    A trainer may put a prefix of one word before a metric's name, as in `policy/entropy`.
-
-    spread: a metric to add to and subtract from the first line for a band, if any.
-    rest:   also draw every metric of this prefix that no chart names.
-    """
-
-    title: str
-    unit: str
-    lines: tuple[tuple[str, str], ...]
-    bounds: Bounds = (None, None)
-    spread: str = ""
-    rest: str = ""
-
-
-# In order of appearance. A chart is drawn from those of its lines that the run has.
-_CURVES: tuple[_Curves, ...] = (
-    _Curves("Reward", "reward", (("reward/mean", "mean"),), spread="reward/std_in_group"),
-    _Curves("Reward parts", "mean of each part", (), rest="reward/"),
-    _Curves(
-        "Outcomes in training",
-        "share of samples",
-        (
-            ("outcome/correct", "correct"),
-            ("outcome/wrong", "wrong"),
-            ("outcome/unparseable", "unparseable"),
-            ("outcome/timeout", "timeout"),
-            ("outcome/crash", "crash"),
-        ),
-        SHARE,
-    ),
-    _Curves("Loss", "loss", (("loss", "loss"),)),
-    _Curves("Negative log-likelihood", "nats per token", (("nll", "NLL"),), NON_NEGATIVE),
-    _Curves(
-        "Token accuracy in training",
-        "share of tokens",
-        (("token_accuracy", "token accuracy"),),
-        SHARE,
-    ),
-    _Curves(
-        "Pairs ranked as preferred",
-        "share of pairs",
-        (("reward/accuracy", "accuracy"), ("accuracy", "accuracy")),
-        SHARE,
-    ),
-    _Curves(
-        "Preference margin",
-        "chosen minus rejected",
-        (("reward/margin", "margin"), ("margin", "margin")),
-    ),
-    _Curves(
-        "Scores of preference pairs",
-        "score",
-        (("score/chosen", "chosen"), ("score/rejected", "rejected")),
-    ),
-    _Curves(
-        "Implicit rewards",
-        "reward",
-        (("reward/chosen", "chosen"), ("reward/rejected", "rejected")),
-    ),
-    _Curves("KL to the reference", "nats per token", (("kl/mean", "mean KL"),)),
-    _Curves("Completion length", "tokens", (("completion/length", "mean"),), NON_NEGATIVE),
-    _Curves(
-        "Completions cut off at the limit",
-        "share of samples",
-        (("completion/cut_off", "cut off"),),
-        SHARE,
-    ),
-    _Curves("Entropy of the policy", "nats per token", (("entropy", "entropy"),), NON_NEGATIVE),
-    _Curves(
-        "Gradient norm", "norm before clipping", (("grad_norm", "gradient norm"),), NON_NEGATIVE
-    ),
-    _Curves("Learning rate", "learning rate", (("lr", "rate"),), NON_NEGATIVE),
-    _Curves(
-        "Clipped tokens",
-        "share of tokens",
-        (("clip_fraction/low", "below"), ("clip_fraction/high", "above")),
-        SHARE,
-    ),
-    _Curves(
-        "Groups with differing rewards",
-        "share of groups",
-        (("groups/with_spread", "with spread"),),
-        SHARE,
-    ),
-    _Curves(
-        "Engine against trainer log-probabilities",
-        "nats per token",
-        (("engine/logprob_gap", "mean absolute gap"),),
-        NON_NEGATIVE,
-    ),
-)
-_NAMED = {name for curves in _CURVES for name, _ in curves.lines} | {c.spread for c in _CURVES}
-
-
-@dataclass(frozen=True, slots=True)
-class _EvalCurves:
-    """One chart of evaluation metrics over training steps, with 95% intervals."""
-
-    title: str
-    unit: str
-    prefixes: tuple[str, ...]
-    bounds: Bounds = (None, None)
-
-
-_EVAL_CURVES: tuple[_EvalCurves, ...] = (
-    _EvalCurves("accuracy", "share of samples", ("accuracy", "pass@"), SHARE),
-    _EvalCurves("reward", "reward", ("reward",)),
-    _EvalCurves("loss", "nats per token", ("loss",)),
-    _EvalCurves("token accuracy", "share of tokens", ("token_accuracy",), SHARE),
-    _EvalCurves("completion length", "tokens", ("length",), NON_NEGATIVE),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,19 +54,58 @@ def run_charts(run: RunData) -> Charts:
         if name not in ("step", "nonfinite") and not name.startswith("eval/")  # drawn from evals/
     }
     main = list(_eval_charts(run.evals))
-    for curves in _CURVES:
-        chart = _training_chart(run, curves, left)
-        if chart is not None:
-            main.append(chart)
+    main += [
+        chart
+        for curves in CURVES
+        for one in _by_scale(run, curves, left)
+        if (chart := _training_chart(run, one, left))
+    ]
     other = [
         chart
         for name in sorted(left)
-        if (chart := _training_chart(run, _Curves(name, "value", ((name, name),)), left))
+        if (chart := _training_chart(run, Curves(name, "value", ((name, name),)), left))
     ]
     return Charts(tuple(main), tuple(other[:MAX_OTHER]))
 
 
-def _training_chart(run: RunData, curves: _Curves, left: dict[str, None]) -> Chart | None:
+def _by_scale(run: RunData, curves: Curves, left: Iterable[str]) -> list[Curves]:
+    """A chart of whatever a run has under a prefix, as one chart for each size of number."""
+    if not curves.rest:
+        return [curves]
+    lines = _lines(curves, left)
+    sizes = {
+        legend: [abs(value) for row in run.metrics if (value := number(row.get(metric)))]
+        for metric, legend in lines
+    }
+    groups = same_scale({legend: max(found, default=0.0) for legend, found in sizes.items()})
+    if len(groups) < 2:
+        return [curves]
+    return [
+        replace(
+            curves,
+            title=f"{curves.title}: {', '.join(group)}",
+            lines=tuple(line for line in lines if line[1] in group),
+            rest="",
+        )
+        for group in groups
+    ]
+
+
+def same_scale(sizes: Mapping[str, float]) -> list[list[str]]:
+    """Names in groups, largest first, whose sizes are within a factor of `MAX_SCALES` of the
+    group's largest; those of size 0 are with the smallest. Names of a group keep their order."""
+    groups: list[list[str]] = []
+    largest = 0.0
+    for name in sorted(sizes, key=lambda one: -sizes[one]):
+        if not groups or 0 < sizes[name] * MAX_SCALES < largest:
+            groups.append([])
+            largest = sizes[name]
+        groups[-1].append(name)
+    order = list(sizes)
+    return [sorted(group, key=order.index) for group in groups]
+
+
+def _training_chart(run: RunData, curves: Curves, left: dict[str, None]) -> Chart | None:
     """The chart of those metrics of `left` it names, which are taken out."""
     series: list[Series] = []
     notes: list[str] = []
@@ -215,19 +135,19 @@ def _training_chart(run: RunData, curves: _Curves, left: dict[str, None]) -> Cha
     return _chart(curves.title, curves.unit, series, curves.bounds, " ".join(notes))
 
 
-def _lines(curves: _Curves, left: Iterable[str]) -> list[tuple[str, str]]:
+def _lines(curves: Curves, left: Iterable[str]) -> list[tuple[str, str]]:
     """The (metric, legend) lines of a chart that are among the metrics `left`."""
     found = [
         (metric, legend)
         for name, legend in curves.lines
         for metric in left
-        if metric == name or metric.partition("/")[2] == name
+        if metric == name or (metric.partition("/")[2] == name and metric not in NAMED)
     ]
     if curves.rest:
         found += [
             (metric, metric.removeprefix(curves.rest))
             for metric in left
-            if metric.startswith(curves.rest) and metric not in _NAMED
+            if metric.startswith(curves.rest) and metric not in NAMED
         ]
     return found[:N_COLOURS]
 
@@ -247,18 +167,23 @@ def _eval_charts(evals: Sequence[EvalSummary]) -> Iterable[Chart]:
     tasks = sorted({one.task for one in evals if one.step is not None})
     for task in tasks:
         rows = [one for one in evals if one.task == task and one.step is not None]
-        for curves in _EVAL_CURVES:
-            names = sorted(
-                {n for one in rows for n in one.metrics if n.startswith(curves.prefixes)}
-            )
+        for curves in EVAL_CURVES:
+            names = sorted({n for one in rows for n in one.metrics if curves.has(n)})
             if "accuracy" in names and "pass@1" in names:
                 names.remove("pass@1")  # the same number
-            series = [_eval_series(rows, name) for name in names]
-            if series:
-                title = f"Held-out {curves.title} ({task})"
-                bars = any(one.low for one in series)
-                caption = "Bars are 95% intervals over problems." if bars else ""
-                yield _chart(title, curves.unit, series, curves.bounds, caption)
+            sizes = {n: max(abs(one.metrics.get(n, 0.0)) for one in rows) for n in names}
+            groups = same_scale(sizes)
+            for group in groups:
+                part = f": {', '.join(group)}" if len(groups) > 1 else ""
+                yield _eval_chart(rows, group, f"Held-out {curves.title}{part} ({task})", curves)
+
+
+def _eval_chart(
+    rows: Sequence[EvalSummary], names: Sequence[str], title: str, curves: EvalCurves
+) -> Chart:
+    series = [_eval_series(rows, name) for name in names]
+    caption = "Bars are 95% intervals over problems." if any(one.low for one in series) else ""
+    return _chart(title, curves.unit, series, curves.bounds, caption)
 
 
 def _eval_series(rows: Sequence[EvalSummary], name: str) -> Series:

@@ -91,9 +91,11 @@ class _Metric:
     weight: Callable[[EvalRecord], float] = lambda record: 1.0
 
 
-# In order of preference: the first that every result reports is compared.
+# In order of preference, after the metric that the results themselves call `gold`: the first that
+# every result reports is compared.
 _METRICS: dict[str, _Metric] = {
     "accuracy": _Metric(correctness),
+    "first_error_accuracy": _Metric(correctness),
     "reward": _Metric(lambda record: record.reward),
     "loss": _Metric(
         lambda record: None if record.reward is None else -record.reward,
@@ -105,8 +107,10 @@ _METRICS: dict[str, _Metric] = {
 def compare(results: Mapping[str, EvalResult], *, seed: int = 0) -> Comparison:
     """Compare models evaluated by one task, in the order given.
 
-    Changes are taken between each model and the next, and from the first to the last. Their
-    p-values come from the sign-flip test over problems and are adjusted together by Holm.
+    Compared is the metric that all results label `gold`, or else the first they have in common of
+    accuracy, accuracy of the first error, reward and loss. Changes are taken between each model
+    and the next, and from the first to the last. Their p-values come from the sign-flip test over
+    problems and are adjusted together by Holm.
 
     Args:
         results: model name -> its result.
@@ -121,7 +125,7 @@ def compare(results: Mapping[str, EvalResult], *, seed: int = 0) -> Comparison:
     tasks = sorted({result.task for result in results.values()})
     if len(tasks) > 1:
         raise UserInputError(f"results of different tasks do not compare: {', '.join(tasks)}")
-    metric = _common_metric(results)
+    metric, how = _common_metric(results)
     order = list(results)
     steps = [(i, i + 1) for i in range(len(order) - 1)]
     if len(order) > 2:
@@ -130,8 +134,8 @@ def compare(results: Mapping[str, EvalResult], *, seed: int = 0) -> Comparison:
     return Comparison(
         task=tasks[0],
         metric=metric,
-        models=tuple(_score(name, result, metric) for name, result in results.items()),
-        changes=_changes(results, pairs, _METRICS[metric], seed),
+        models=tuple(_score(name, result, metric, how) for name, result in results.items()),
+        changes=_changes(results, pairs, how, seed),
         notes=_notes(results, pairs),
     )
 
@@ -197,19 +201,23 @@ def format_p(p_value: float) -> str:
     return f"{p_value:.4f}" if p_value < 1e-2 else f"{p_value:.3f}"
 
 
-def _common_metric(results: Mapping[str, EvalResult]) -> str:
-    for metric in _METRICS:
+def _common_metric(results: Mapping[str, EvalResult]) -> tuple[str, _Metric]:
+    candidates = dict(_METRICS)
+    gold = {result.labels.get("gold") for result in results.values()}
+    if len(gold) == 1 and (name := gold.pop()) is not None:
+        candidates = {name: _Metric(lambda record: record.values.get(name)), **_METRICS}
+    for metric, how in candidates.items():
         if all(metric in result.metrics for result in results.values()):
-            return metric
+            return metric, how
     raise UserInputError(
-        f"the results have none of {', '.join(_METRICS)} in common, so there is nothing to "
+        f"the results have none of {', '.join(candidates)} in common, so there is nothing to "
         "compare; evaluate every model with the same task and rewards"
     )
 
 
-def _score(name: str, result: EvalResult, metric: str) -> ModelScore:
+def _score(name: str, result: EvalResult, metric: str, how: _Metric) -> ModelScore:
     low, high = result.intervals.get(metric, (None, None))
-    problems, _, samples = by_problem(result.records, _METRICS[metric].value)
+    problems, _, samples = by_problem(result.records, how.value)
     return ModelScore(
         name=name,
         value=result.metrics[metric],

@@ -12,6 +12,22 @@ from evals.rundata import RunData, lookup, number
 ENDS = 5  # steps averaged at either end of the run for its headline numbers
 MAX_TILES = 5
 
+# In order of importance, with what to call them.
+_TRAINING = (
+    ("reward/mean", "Training reward"),
+    ("loss", "Training loss"),
+    ("accuracy", "Pairs or steps judged right"),
+    ("token_accuracy", "Training token accuracy"),
+    ("kl/mean", "KL to the reference, nats per token"),
+)
+_EVAL = (
+    ("accuracy", "accuracy"),
+    ("ece", "calibration error"),
+    ("first_error_accuracy", "first errors found"),
+    ("perplexity", "perplexity"),
+    ("kl", "KL, nats per completion"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -80,18 +96,20 @@ def _one_line(value: Any) -> str | None:
 def tiles(run: RunData) -> list[Tile]:
     """Held-out scores and training metrics at the beginning and at the end."""
     found = [*_eval_tiles(run)]
-    for metric, label in (
-        ("reward/mean", "Training reward"),
-        ("loss", "Training loss"),
-        ("reward/accuracy", "Pairs ranked as preferred"),
-        ("sft/token_accuracy", "Training token accuracy"),
-        ("kl/mean", "KL to the reference, nats per token"),
-    ):
-        values = [v for row in run.metrics if (v := number(row.get(metric))) is not None]
+    for metric, label in _TRAINING:
+        values = _column(run, metric)
         # A policy-gradient loss says nothing by itself; where there is a reward, that is shown.
         if values and not (metric == "loss" and "reward/mean" in run.metrics[-1]):
             found.append(_ends_tile(label, values))
     return found[:MAX_TILES]
+
+
+def _column(run: RunData, metric: str) -> list[float]:
+    """The numbers of a metric, which may have a prefix of one word before its name."""
+    names = {name for row in run.metrics for name in row if not name.startswith("eval/")}
+    named = [name for name in sorted(names) if name.partition("/")[2] == metric]
+    found = metric if metric in names else next(iter(named), metric)
+    return [value for row in run.metrics if (value := number(row.get(found))) is not None]
 
 
 def _ends_tile(label: str, values: Sequence[float]) -> Tile:
@@ -106,7 +124,9 @@ def _ends_tile(label: str, values: Sequence[float]) -> Tile:
 def _eval_tiles(run: RunData) -> Iterable[Tile]:
     for task in sorted({one.task for one in run.evals}):
         steps = [one for one in run.evals if one.task == task and one.step is not None]
-        for metric, label in (("accuracy", "accuracy"), ("perplexity", "perplexity")):
+        gold = next((one.labels["gold"] for one in steps if "gold" in one.labels), None)
+        wanted = _EVAL if gold is None else ((gold, f"gold {gold}"), *_EVAL)
+        for metric, label in wanted:
             found = [one for one in steps if metric in one.metrics]
             if not found:
                 continue

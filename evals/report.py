@@ -15,8 +15,11 @@ from alignment.types import AlignmentError, UserInputError
 from evals.browser import SampleGroup, eval_group, printable, rollout_groups
 from evals.charts import Chart, Charts, run_charts
 from evals.compare import Comparison, compare, table_rows
+from evals.frontier import read_frontiers
+from evals.frontier_charts import FrontierView, frontier_view
 from evals.headline import Tile, facts, subtitle, tiles, utc_time
 from evals.html import interval_marks, render, style_sheet
+from evals.reliability import reliability_charts
 from evals.results import EvalResult
 from evals.rundata import EvalSummary, RunData, lookup, read_run
 
@@ -96,6 +99,7 @@ class RunView:
     alarms: list[Event]
     alarms_left: int
     comparisons: list[ComparisonView]
+    frontiers: list[FrontierView]
     scores: list[ScoreTable]
     charts: Charts
     groups: list[SampleGroup]
@@ -142,7 +146,9 @@ def run_view(path: Path, name: str) -> RunView:
         except UserInputError as error:
             run.problems.append(str(error))
     status = _status(run, stages)
-    charts = _drawable(run_charts(run))
+    charts = run_charts(run)
+    diagrams = tuple(reliability_charts(_last_evals(run), run.problems))
+    charts = _drawable(replace(charts, main=(*diagrams, *charts.main)))
     alarms = [_event(row) for row in run.events if row.get("kind") in _ALARMS]
     comparisons = [_comparison_view(one) for one in _comparisons(run)]
     return RunView(
@@ -155,6 +161,7 @@ def run_view(path: Path, name: str) -> RunView:
         alarms=alarms[-MAX_EVENTS:],
         alarms_left=max(0, len(alarms) - MAX_EVENTS),
         comparisons=comparisons,
+        frontiers=[_drawable_frontier(frontier_view(one)) for one in read_frontiers(run)],
         scores=[_score_table(one) for one in _last_evals(run)],
         charts=charts,
         groups=_groups(run),
@@ -173,6 +180,10 @@ def printable_lines(text: str) -> str:
 
 def _drawable(charts: Charts) -> Charts:
     return Charts(*(tuple(_trusted(one) for one in row) for row in (charts.main, charts.other)))
+
+
+def _drawable_frontier(view: FrontierView) -> FrontierView:
+    return replace(view, charts=tuple(_trusted(one) for one in view.charts))
 
 
 def _trusted(chart: Chart) -> Chart:

@@ -23,6 +23,8 @@ class EvalRecord:
                  nothing store their own number per problem (see the task).
     n_tokens:    completion tokens, stop token included.
     stop_reason: None where nothing was sampled.
+    values:      further finite numbers of this record by name, such as the parts of the reward; one
+                 that does not exist here (its grader failed) is absent.
     """
 
     problem_id: int | str
@@ -33,13 +35,16 @@ class EvalRecord:
     completion_text: str
     n_tokens: int
     stop_reason: StopReason | None
+    values: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.reward is not None and not math.isfinite(self.reward):
-            raise AlignmentError(
-                f"problem {self.problem_id!r}, sample {self.sample_index}: the reward is "
-                f"{self.reward}; a reward must return a finite number or report a failure"
-            )
+        numbers = {**self.values} if self.reward is None else {"reward": self.reward, **self.values}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise AlignmentError(
+                    f"problem {self.problem_id!r}, sample {self.sample_index}: the {name} is "
+                    f"{value}; it must be a finite number, or a failure that is reported as one"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +53,15 @@ class EvalResult:
 
     metrics:   finite numbers by name; a metric that is undefined here is absent.
     intervals: 95% intervals (low, high) of some of the metrics.
+    labels:    which metric or reward plays a part that readers of the result look for, such as
+               `gold`; the tasks that write labels list them.
     """
 
     task: str
     records: tuple[EvalRecord, ...]
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: Path | str) -> None:
         """Write `path`.jsonl (records) and `path`.json (summary), each atomically.
@@ -71,6 +79,7 @@ class EvalResult:
             "task": self.task,
             "metrics": dict(self.metrics),
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "labels": dict(self.labels),
             "records": len(self.records),
             "records_sha256": hashlib.sha256(lines).hexdigest(),
         }
@@ -102,6 +111,7 @@ class EvalResult:
                 records=tuple(_record(json.loads(line)) for line in lines.split(b"\n") if line),
                 metrics={name: float(value) for name, value in summary["metrics"].items()},
                 intervals={name: (ends[0], ends[1]) for name, ends in summary["intervals"].items()},
+                labels=dict(summary.get("labels", {})),
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserInputError(

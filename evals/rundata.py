@@ -26,14 +26,17 @@ _EVAL_NAME = re.compile(r"(?P<task>.+)-step-(?P<step>\d+)")
 class EvalSummary:
     """The summary of one saved evaluation.
 
-    task: its name in the recipe. step: None for the evaluation of a finished pipeline stage.
+    task: its name in the recipe. kind: its registered name.
+    step: None for the evaluation of a finished pipeline stage.
     """
 
     path: Path
     task: str
+    kind: str
     step: int | None
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +179,18 @@ def _evals(folder: Path, problems: list[str]) -> list[EvalSummary]:
         if not isinstance(metrics, Mapping):
             continue
         match = _EVAL_NAME.fullmatch(path.stem)
+        kind = str(data.get("task") or path.stem)
+        labels = data.get("labels")
         found.append(
             EvalSummary(
                 path=path,
                 # The recipe may name a task, so that it can be there twice.
-                task=match["task"] if match else str(data.get("task") or path.stem),
+                task=match["task"] if match else kind,
+                kind=kind,
                 step=int(match["step"]) if match else None,
                 metrics={k: v for k, x in metrics.items() if (v := number(x)) is not None},
                 intervals=_read_intervals(intervals),
+                labels={k: str(v) for k, v in labels.items()} if isinstance(labels, dict) else {},
             )
         )
     return sorted(found, key=lambda one: (one.task, one.step is None, one.step or 0))

@@ -107,14 +107,36 @@ def proportion_estimate(shares: npt.ArrayLike, *, draws: int, confidence: float 
         low, high = wilson_interval(mean, n_problems, normal)
         return Estimate(mean, low, high, n_problems, "Wilson")
     if n_problems == 1 or mean in (0.0, 1.0):
-        low, high = wilson_interval(mean, n_problems, normal)
-        return Estimate(mean, low, high, n_problems, "Wilson, one trial per problem")
+        return _one_trial_per_problem(mean, n_problems, confidence)
     variance = float(per_problem.var(ddof=1)) / n_problems
-    spread = mean * (1 - mean)
-    effective = spread / variance if variance * draws > spread else float(draws)
-    critical = _t_quantile(confidence, n_problems - 1)
-    low, high = wilson_interval(mean, effective, critical)
-    return Estimate(mean, low, high, n_problems, "Wilson, clustered by problem")
+    return _clustered_wilson(mean, variance, n_problems, draws, confidence)
+
+
+def clustered_proportion(
+    hits: npt.ArrayLike, clusters: Sequence[object], *, confidence: float = 0.95
+) -> Estimate:
+    """Share of hits among all observations, where those of one cluster go together.
+
+    Every observation weighs the same, so a large cluster weighs more (`proportion_estimate` weighs
+    clusters equally). Wilson's interval; where a cluster has several observations, at the
+    effective sample size of `proportion_estimate`, V being the variance of `ratio_estimate`.
+
+    Args:
+        hits: `[N]` of 0 or 1.
+        clusters: `[N]`, the cluster of each, such as the prompt that two pairs share.
+    """
+    names, shares, counts = problem_means(hits, clusters)
+    draws, n_clusters = int(counts.sum()), len(names)
+    if n_clusters == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0, "no observations")
+    share = float(shares @ counts) / draws
+    if draws == n_clusters:
+        low, high = wilson_interval(share, draws, _normal_quantile(confidence))
+        return Estimate(share, low, high, n_clusters, "Wilson")
+    if n_clusters == 1 or share in (0.0, 1.0):
+        return _one_trial_per_problem(share, n_clusters, confidence)
+    variance = _ratio_variance(shares * counts, counts.astype(np.float64), share)
+    return _clustered_wilson(share, variance, n_clusters, draws, confidence)
 
 
 def mean_estimate(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
@@ -142,8 +164,7 @@ def ratio_estimate(
     ratio = float(sums.sum()) / size
     if n_clusters < 2:
         return Estimate(ratio, np.nan, np.nan, n_clusters, "one problem: no interval")
-    residuals = sums - ratio * sizes
-    variance = n_clusters / (n_clusters - 1) * float(residuals @ residuals) / size**2
+    variance = _ratio_variance(sums, sizes, ratio)
     half = _t_quantile(confidence, n_clusters - 1) * float(np.sqrt(variance))
     return Estimate(ratio, ratio - half, ratio + half, n_clusters, "Student's t over problems")
 
@@ -280,6 +301,36 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted
+
+
+def average_ranks(values: npt.ArrayLike) -> FloatArray:
+    """Ranks from 1 upwards; equal values share the mean of their ranks."""
+    _, place, counts = np.unique(_vector(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    middle: FloatArray = last - (counts - 1) / 2
+    return middle[place]
+
+
+def _one_trial_per_problem(share: float, n_problems: int, confidence: float) -> Estimate:
+    low, high = wilson_interval(share, n_problems, _normal_quantile(confidence))
+    return Estimate(share, low, high, n_problems, "Wilson, one trial per problem")
+
+
+def _clustered_wilson(
+    share: float, variance: float, n_clusters: int, draws: int, confidence: float
+) -> Estimate:
+    """Wilson's interval at the sample size that `variance` is worth, at most `draws`."""
+    spread = share * (1 - share)
+    effective = spread / variance if variance * draws > spread else float(draws)
+    low, high = wilson_interval(share, effective, _t_quantile(confidence, n_clusters - 1))
+    return Estimate(share, low, high, n_clusters, "Wilson, clustered by problem")
+
+
+def _ratio_variance(sums: FloatArray, sizes: FloatArray, ratio: float) -> float:
+    """K/(K-1) sum (total_i - R count_i)^2 / (sum counts)^2."""
+    residuals = sums - ratio * sizes
+    n = len(sums)
+    return n / (n - 1) * float(residuals @ residuals) / float(sizes.sum()) ** 2
 
 
 def _normal_quantile(confidence: float) -> float:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from typing import Literal
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 30, 46
+LEFT, RIGHT, TOP, BOTTOM = 76, 14, 30, 46
 N_COLOURS = 6
 MAX_MARKED = 40  # points of a series that are marked one by one
 
@@ -34,7 +34,7 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """From data to pixels."""
 
     x_ticks: list[float]
@@ -75,7 +75,7 @@ def line_chart(
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(f"{title}: {names} against {x_label}")}">',
-        *_axes(frame, x_label, y_label),
+        *axes(frame, x_label, y_label),
         *(part for i, one in enumerate(series) for part in _spread(one, i, frame, shifts[i])),
         *(part for i, one in enumerate(series) for part in _line(one, i, frame, shifts[i])),
         *_legend(series),
@@ -105,7 +105,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     return [f"{0.0 if abs(value) < step / 2 else value:,.{decimals}f}" for value in values]
 
 
-def _frame(series: Sequence[Series], bounds: tuple[float | None, float | None]) -> _Frame:
+def _frame(series: Sequence[Series], bounds: tuple[float | None, float | None]) -> Frame:
     xs = [x for one in series for x, y in zip(one.x, one.y, strict=True) if y is not None]
     ys = [
         value
@@ -114,6 +114,19 @@ def _frame(series: Sequence[Series], bounds: tuple[float | None, float | None]) 
         for value in row
         if value is not None
     ]
+    frame = frame_of(xs, ys, bounds)
+    whole = [x for x in frame.x_ticks if x == round(x)] or [min(xs)]  # there is no step 2.5
+    return replace(frame, x_ticks=whole)
+
+
+def frame_of(
+    xs: Sequence[float], ys: Sequence[float], bounds: tuple[float | None, float | None]
+) -> Frame:
+    """The frame that holds all the points with some room around them.
+
+    Raises:
+        ValueError: there is no point.
+    """
     if not xs:
         raise ValueError("a chart needs at least one point")
     floor, ceiling = bounds
@@ -127,11 +140,11 @@ def _frame(series: Sequence[Series], bounds: tuple[float | None, float | None]) 
     x_low, x_high = min(xs), max(xs)
     x_pad = 0.02 * (x_high - x_low) or 0.5
     x_range = (x_low - x_pad, x_high + x_pad)
-    x_ticks = [x for x in ticks(*x_range, count=7) if x == round(x)] or [x_low]
-    return _Frame(x_ticks, ticks(low, high, count=6), x_range, (low, high))
+    return Frame(ticks(*x_range, count=7), ticks(low, high, count=6), x_range, (low, high))
 
 
-def _axes(frame: _Frame, x_label: str, y_label: str) -> list[str]:
+def axes(frame: Frame, x_label: str, y_label: str) -> list[str]:
+    """Grid, ticks, tick labels and axis titles."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = []
     for value, label in zip(frame.y_ticks, tick_labels(frame.y_ticks), strict=True):
@@ -149,13 +162,13 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> list[str]:
     parts.append(
         f'<text class="label" x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
-        f'<text class="label" transform="translate(14 {middle_y}) rotate(-90)" '
+        f'<text class="label" transform="translate(12 {middle_y}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'
     )
     return parts
 
 
-def _spread(one: Series, index: int, frame: _Frame, shift: float) -> list[str]:
+def _spread(one: Series, index: int, frame: Frame, shift: float) -> list[str]:
     ends = [
         (frame.x(x) + shift, frame.y(low), frame.y(high))
         for x, low, high in zip(one.x, one.low or (), one.high or (), strict=False)
@@ -174,7 +187,7 @@ def _spread(one: Series, index: int, frame: _Frame, shift: float) -> list[str]:
     return [f'<path class="band {colour}" d="M{"L".join(there + back)}Z"/>']
 
 
-def _line(one: Series, index: int, frame: _Frame, shift: float) -> list[str]:
+def _line(one: Series, index: int, frame: Frame, shift: float) -> list[str]:
     colour = f"c{index % N_COLOURS}"
     path, pen_down = [], False
     for x, y in zip(one.x, one.y, strict=True):

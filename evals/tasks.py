@@ -1,89 +1,31 @@
-"""Evaluation tasks: plug-ins of kind "task".
+"""The tasks that grade sampled completions and measure the loss on held-out samples.
 
-A task is made by a factory that takes its options as keyword arguments; its `run(context)` returns
-an `EvalResult`. What it needs of the run comes through `TaskContext`, so that a task evaluates a
-checkpoint in training and a model on disk alike.
+Tasks are plug-ins of kind "task": a factory takes the options as keyword arguments and makes an
+object whose `run(context)` returns an `EvalResult`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
 
-from alignment.types import (
-    AlignmentError,
-    Completion,
-    Outcome,
-    Prompt,
-    RewardedCompletion,
-    Sample,
-    SamplingParams,
-    UserInputError,
-)
+from alignment.types import Outcome, Sample, SamplingParams, UserInputError
+from evals.context import Task, TaskContext, TokenScores
 from evals.results import EvalRecord, EvalResult
+from evals.sampled import graded_record, sample_and_grade
 from evals.statistics import ratio_estimate
 from evals.summary import summarize_graded
 
-if TYPE_CHECKING:  # a task's options are checked before torch is imported
-    from alignment.rollout.engine import RolloutEngine
-
-
-class TokenScores(Protocol):
-    """What the scorer says about samples: per sample, one entry per completion token.
-
-    logprobs:       log-probability of the token, in nats.
-    greedy_correct: whether the token is the model's most likely one.
-    """
-
-    @property
-    def logprobs(self) -> Sequence[Sequence[float]]: ...
-
-    @property
-    def greedy_correct(self) -> Sequence[Sequence[bool]]: ...
-
-
-class TaskContext(Protocol):
-    """What a task may use.
-
-    engine:   samples from the model under evaluation.
-    prompts:  held-out prompts of the run's data.
-    samples:  held-out supervised samples; may be empty.
-    grade:    the run's rewards.
-    sampling: the run's sampling parameters; `n`, `seed` and `step` are the task's to set.
-    seed:     the evaluation seed, the same at every step of a run and for every model compared.
-    score:    log-probabilities of given samples under the model.
-    """
-
-    @property
-    def engine(self) -> RolloutEngine: ...
-
-    @property
-    def prompts(self) -> Sequence[Prompt]: ...
-
-    @property
-    def samples(self) -> Sequence[Sample]: ...
-
-    @property
-    def grade(
-        self,
-    ) -> Callable[[Sequence[tuple[Prompt, Completion]]], list[RewardedCompletion]]: ...
-
-    @property
-    def sampling(self) -> SamplingParams: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def score(self) -> Callable[[Sequence[Sample]], TokenScores]: ...
-
-
-class Task(Protocol):
-    """An evaluation: a context in, a result out; the model is left as it was."""
-
-    def run(self, context: TaskContext) -> EvalResult: ...
+__all__ = [
+    "HeldOutLossTask",
+    "Task",
+    "TaskContext",
+    "TokenScores",
+    "VerifiableTask",
+    "held_out_loss",
+    "verifiable",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +50,7 @@ class VerifiableTask:
                 "task 'verifiable' has no held-out prompts; give the run's data a held-out part"
             )
         params = self.sampling(context)
-        completions = context.engine.generate(prompts, params)
-        graded = context.grade(_pair(prompts, completions, params.n))
-        if len(graded) != len(completions):
-            raise AlignmentError(
-                f"{len(completions)} completions were graded and {len(graded)} grades came back"
-            )
-        records = tuple(_graded_record(item) for item in graded)
+        records = tuple(graded_record(item) for item in sample_and_grade(context, prompts, params))
         metrics, intervals = summarize_graded(records, self.ks)
         return EvalResult("verifiable", records, metrics, intervals)
 
@@ -218,38 +154,6 @@ def held_out_loss(samples: int | None = None) -> HeldOutLossTask:
     if samples is not None and samples < 1:
         raise UserInputError(f"task 'held_out_loss': samples is {samples}; it must be at least 1")
     return HeldOutLossTask(samples)
-
-
-def _pair(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], n: int
-) -> list[tuple[Prompt, Completion]]:
-    """Each completion with its prompt, checked against the engine's contract."""
-    if len(completions) != n * len(prompts):
-        raise AlignmentError(
-            f"the engine returned {len(completions)} completions for {len(prompts)} prompts with "
-            f"{n} samples each"
-        )
-    pairs = [(prompts[i // n], completion) for i, completion in enumerate(completions)]
-    for prompt, completion in pairs:
-        if prompt.index != completion.prompt_index:
-            raise AlignmentError(
-                f"the engine returned a completion of prompt {completion.prompt_index} in the "
-                f"place of prompt {prompt.index}; completions must be in prompt-major order"
-            )
-    return pairs
-
-
-def _graded_record(item: RewardedCompletion) -> EvalRecord:
-    return EvalRecord(
-        problem_id=item.prompt.index,
-        sample_index=item.completion.sample_index,
-        outcome=item.outcome,
-        reward=item.reward,
-        prompt_text=item.prompt.text,
-        completion_text=item.completion.text,
-        n_tokens=len(item.completion.token_ids),
-        stop_reason=item.completion.stop_reason,
-    )
 
 
 def _token_sums(

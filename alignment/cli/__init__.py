@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from alignment import __version__
-from alignment.cli import chat, check, doctor, eval, models, recipes, report, train, verify
+from alignment.cli import (
+    chat,
+    check,
+    doctor,
+    eval,
+    lineage,
+    models,
+    recipes,
+    report,
+    train,
+    verify,
+)
 from alignment.cli.common import EXIT_INTERRUPTED, guarded
 
 app = typer.Typer(
@@ -48,6 +59,7 @@ _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
     (app, "eval", eval.evaluate),
     (app, "verify", verify.verify),
     (app, "report", report.report),
+    (app, "lineage", lineage.lineage),
     (app, "chat", chat.chat),
     (app, "doctor", doctor.doctor),
     (_recipes, "list", recipes.list_recipes),

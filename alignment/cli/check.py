@@ -64,7 +64,8 @@ def _parts(recipe: Recipe) -> list[tuple[str, str]]:
         ("reward", f"{reward.weight:g} x {_plugin(reward.type, reward.options)}")
         for reward in recipe.rewards
     ]
-    rows.append(("optimizer", f"{optim.type}: lr {optim.lr:g}, {optim.schedule}"))
+    if optim.lr is not None:
+        rows.append(("optimizer", f"{optim.type}: lr {optim.lr:g}, {optim.schedule}"))
     rows += [("task", _plugin(task.type, task.options)) for task in recipe.eval.tasks]
     rows += [("expect", expectation) for expectation in recipe.expect]
     rows.append(("folder", f"{recipe.run.dir}/{recipe.run.name}"))

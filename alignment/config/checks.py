@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic_core import InitErrorDetails
 
-from alignment.config.algorithms import GRPOConfig, SFTConfig
 from alignment.config.fields import Path, problem
+from alignment.config.methods.base import needs_of
 from alignment.config.options import resolve
 from alignment.config.plugins import PluginSection
 
@@ -29,16 +29,16 @@ def cross_checks(recipe: Recipe) -> list[InitErrorDetails]:
 def cautions(recipe: Recipe) -> list[str]:
     """What can be run but is probably not meant, in words."""
     found = []
-    algorithm = recipe.algorithm
-    if isinstance(algorithm, GRPOConfig):
-        kl = algorithm.kl
-        if kl.placement == "reward" and kl.estimator in ("k2", "k3"):
-            found.append(
-                f"algorithm.kl.estimator: {kl.estimator} in the reward does not give the gradient "
-                "of the KL divergence; k1 does"
-            )
-        if all(reward.weight == 0.0 for reward in recipe.rewards):
-            found.append("rewards: every weight is 0, so there is nothing to learn from")
+    kl = getattr(recipe.algorithm, "kl", None)
+    if kl is not None and kl.placement == "reward" and kl.estimator in ("k2", "k3"):
+        found.append(
+            f"algorithm.kl.estimator: {kl.estimator} in the reward does not give the gradient "
+            "of the KL divergence; k1 does"
+        )
+    if needs_of(recipe.algorithm).rewards == "required" and all(
+        reward.weight == 0.0 for reward in recipe.rewards
+    ):
+        found.append("rewards: every weight is 0, so there is nothing to learn from")
     if recipe.model.dtype != "float32" and recipe.model.master_dtype == "none":
         found.append(
             f"model.master_dtype: none with {recipe.model.dtype} weights loses updates smaller "
@@ -47,26 +47,29 @@ def cautions(recipe: Recipe) -> list[str]:
     return found
 
 
-def _rl_has_its_sections(recipe: Recipe) -> Problems:
-    if not isinstance(recipe.algorithm, GRPOConfig):
-        return
-    name = recipe.algorithm.type
-    if recipe.rollout is None:
+def _sections_are_there(recipe: Recipe) -> Problems:
+    needs, name = needs_of(recipe.algorithm), _name(recipe)
+    if needs.rollout and recipe.rollout is None:
         yield problem(
             ("rollout",),
             f"required by {name}, but missing; add rollout: {{max_new_tokens: 256}}",
         )
-    if not recipe.rewards:
+    if needs.rewards == "required" and not recipe.rewards:
         yield problem(
             ("rewards",), f"required by {name}, but missing; add rewards: [{{type: ...}}]"
         )
+    if needs.trains and recipe.optim.lr is None:
+        yield problem(("optim", "lr"), f"required by {name}, but missing: peak learning rate")
 
 
-def _sft_takes_no_rewards(recipe: Recipe) -> Problems:
-    if isinstance(recipe.algorithm, SFTConfig) and recipe.rewards:
+def _unused_sections_are_absent(recipe: Recipe) -> Problems:
+    needs = needs_of(recipe.algorithm)
+    # A task may grade completions in the evaluations of a method that learns from none.
+    if needs.rewards == "none" and recipe.rewards and not recipe.eval.tasks:
         yield problem(
             ("rewards",),
-            "sft learns from completions, not from rewards; remove the section, or use grpo",
+            f"{_name(recipe)} does not learn from rewards, and no task under eval.tasks uses them; "
+            "remove the section, or use a method that does (grpo)",
         )
 
 
@@ -87,35 +90,33 @@ def _names_are_unique(recipe: Recipe) -> Problems:
 
 
 def _rl_samples_the_full_distribution(recipe: Recipe) -> Problems:
-    if not isinstance(recipe.algorithm, GRPOConfig) or recipe.rollout is None:
+    if not needs_of(recipe.algorithm).on_policy or recipe.rollout is None:
         return
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     for key, value in off.items():
         if getattr(recipe.rollout, key) != value:
             yield problem(
                 ("rollout", key),
-                f"{recipe.algorithm.type} needs the full distribution: the ratio of a token the "
+                f"{_name(recipe)} needs the full distribution: the ratio of a token the "
                 f"sampler cut off is not defined; set {key} to {value} and use temperature",
             )
     if recipe.rollout.temperature == 0.0:
         yield problem(
             ("rollout", "temperature"),
-            f"{recipe.algorithm.type} needs samples that differ; greedy decoding gives one answer. "
-            "Use 1.0",
+            f"{_name(recipe)} needs samples that differ; greedy decoding gives one answer. Use 1.0",
         )
 
 
 def _reference_is_there(recipe: Recipe) -> Problems:
     mode = recipe.model.reference.mode
-    if not isinstance(recipe.algorithm, GRPOConfig):
-        return
-    if mode == "precomputed":
+    if mode == "precomputed" and needs_of(recipe.algorithm).rollout:
         yield problem(
             ("model", "reference"),
-            f"precomputed is for offline methods; {recipe.algorithm.type} samples new completions. "
+            f"precomputed is for offline methods; {_name(recipe)} samples new completions. "
             "Use frozen_copy, or adapter_off with model.lora",
         )
-    if mode == "none" and recipe.algorithm.kl.coef > 0.0:
+    kl = getattr(recipe.algorithm, "kl", None)
+    if mode == "none" and kl is not None and kl.coef > 0.0:
         yield problem(
             ("algorithm", "kl", "coef"),
             "a KL penalty needs a reference, and model.reference is none; use frozen_copy, or "
@@ -124,13 +125,13 @@ def _reference_is_there(recipe: Recipe) -> Problems:
 
 
 def _overlong_fits(recipe: Recipe) -> Problems:
-    algorithm, rollout = recipe.algorithm, recipe.rollout
-    if not isinstance(algorithm, GRPOConfig) or algorithm.overlong is None or rollout is None:
+    overlong, rollout = getattr(recipe.algorithm, "overlong", None), recipe.rollout
+    if overlong is None or rollout is None:
         return
-    if algorithm.overlong.buffer >= rollout.max_new_tokens:
+    if overlong.buffer >= rollout.max_new_tokens:
         yield problem(
             ("algorithm", "overlong", "buffer"),
-            f"{algorithm.overlong.buffer} tokens leave nothing of rollout.max_new_tokens "
+            f"{overlong.buffer} tokens leave nothing of rollout.max_new_tokens "
             f"({rollout.max_new_tokens}) unpenalized; use a smaller buffer",
         )
 
@@ -164,8 +165,8 @@ def _evaluation_has_work(recipe: Recipe) -> Problems:
 
 
 RULES: tuple[Callable[[Recipe], Problems], ...] = (
-    _rl_has_its_sections,
-    _sft_takes_no_rewards,
+    _sections_are_there,
+    _unused_sections_are_absent,
     _names_are_unique,
     _rl_samples_the_full_distribution,
     _reference_is_there,
@@ -174,6 +175,10 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     _warmup_ends,
     _evaluation_has_work,
 )
+
+
+def _name(recipe: Recipe) -> str:
+    return getattr(recipe.algorithm, "type", type(recipe.algorithm).__name__)
 
 
 def is_verifier(reward: str) -> bool:

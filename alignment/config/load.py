@@ -12,9 +12,14 @@ from pydantic import ValidationError
 
 import alignment
 from alignment.config.errors import user_error
-from alignment.config.fields import Section
+from alignment.config.fields import Section, raise_problems
 from alignment.config.overrides import parse_override, set_value
-from alignment.config.pipeline import PipelineRecipe, StageConfig, resolve_references
+from alignment.config.pipeline import (
+    PipelineRecipe,
+    StageConfig,
+    output_problems,
+    resolve_references,
+)
 from alignment.config.schema import Recipe, TaskConfig
 from alignment.config.yaml12 import Document, parse_document, to_yaml
 from alignment.types import UserInputError
@@ -158,12 +163,17 @@ def _validate(model: type[T], document: Document) -> T:
 def _load_pipeline(document: Document, folder: Path | None) -> PipelineRecipe:
     _anchor_stage_files(document.data["stages"], folder)
     pipeline = _validate(PipelineRecipe, document)
+    recipes: dict[str, Recipe] = {}
     for index, stage in enumerate(pipeline.stages):
         lines = {key: document.origin(("stages", index, "set", key)) for key in stage.set}
         try:
-            _load_stage(pipeline, stage, None, lines)
+            recipes[stage.name] = _load_stage(pipeline, stage, None, lines)
         except UserInputError as error:
             raise UserInputError(f"stage {stage.name!r} of {document.source}: {error}") from error
+    try:
+        raise_problems("pipeline", output_problems(pipeline, recipes))
+    except ValidationError as error:
+        raise user_error(error, document) from error
     return pipeline
 
 

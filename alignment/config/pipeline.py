@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
 from pydantic_core import InitErrorDetails
 
 from alignment.config.errors import nearest
-from alignment.config.fields import Count, Section, problem, raise_problems
-from alignment.config.schema import Expectation, Name, RunConfig, TaskConfig
+from alignment.config.fields import Count, Path, Section, problem, raise_problems
+from alignment.config.methods.base import needs_of
+from alignment.config.schema import Expectation, Name, Recipe, RunConfig, TaskConfig
 from alignment.types import UserInputError
 
 STAGE_OUTPUTS: dict[str, str] = {
     "model": "folder of the final weights",
+    "data": "file of the data set it made",
     "run": "folder of the run",
 }
 """What a later stage may refer to as "${stages.NAME.OUTPUT}"."""
+
+BASE = "base"
+"""In a comparison, the model that the first stage starts from."""
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
@@ -31,8 +36,8 @@ class StageConfig(Section):
     recipe: str
     """A recipe file, relative to the pipeline's, or the name of a shipped recipe."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Values to set in the recipe, by dotted key. "${stages.NAME.model}" and "${stages.NAME.run}"
-    stand for what an earlier stage made."""
+    """Values to set in the recipe, by dotted key. "${stages.NAME.model}", "${stages.NAME.data}" and
+    "${stages.NAME.run}" stand for what an earlier stage made."""
 
 
 class CompareConfig(Section):
@@ -40,6 +45,11 @@ class CompareConfig(Section):
 
     tasks: tuple[TaskConfig, ...]
     """What to compare them on."""
+    models: tuple[str, ...] | None = None
+    """Stages to compare, in this order, and `base`, the model that the first stage starts from;
+    null takes base and every stage that trains a policy."""
+    reference: str | None = None
+    """Model that tasks measure the distance from, such as "${stages.sft.model}"; null is none."""
     seed: Count = 0
     """Seed of the samples; the same for every model."""
 
@@ -74,6 +84,98 @@ class PipelineRecipe(Section):
                 for message in _reference_problems(value, stage.name, earlier):
                     yield problem(("stages", index, "set", key), message)
             earlier.append(stage.name)
+        if self.compare is not None:
+            for path, message in _compare_problems(self.compare, earlier):
+                yield problem(("compare", *path), message)
+
+
+def makes_policy(recipe: Recipe) -> bool:
+    """Whether a run of the recipe leaves a language model: no reward model, and not data alone."""
+    return needs_of(recipe.algorithm).makes_policy
+
+
+def compared_models(pipeline: PipelineRecipe, recipes: Mapping[str, Recipe]) -> tuple[str, ...]:
+    """What is compared, in order: names of stages, and `base`.
+
+    Args:
+        recipes: those of the stages, by name.
+    """
+    if pipeline.compare is not None and pipeline.compare.models is not None:
+        return pipeline.compare.models
+    return (BASE, *(name for name, recipe in recipes.items() if makes_policy(recipe)))
+
+
+def output_problems(
+    pipeline: PipelineRecipe, recipes: Mapping[str, Recipe]
+) -> Iterator[InitErrorDetails]:
+    """References to outputs that a stage's method does not make: better known before it has run.
+
+    Args:
+        recipes: those of the stages, by name.
+    """
+    for index, stage in enumerate(pipeline.stages):
+        for key, value in stage.set.items():
+            for name, output in _stage_references(value):
+                message = _not_made(output, name, recipes[name])
+                if message is None and (key, output) == ("model.path", "model"):
+                    message = _no_start(name, recipes[name], recipes[stage.name])
+                if message is not None:
+                    yield problem(("stages", index, "set", key), message)
+    if pipeline.compare is None:
+        return
+    for name, _ in _stage_references(pipeline.compare.reference):
+        if not makes_policy(recipes[name]):
+            message = f"stage {name!r} makes no policy to measure from; name one that does"
+            yield problem(("compare", "reference"), message)
+    if not any(map(makes_policy, recipes.values())):
+        message = "no stage trains a policy, so there is nothing to compare; remove it"
+        yield problem(("compare",), message)
+        return
+    for index, name in enumerate(pipeline.compare.models or ()):
+        if name != BASE and not makes_policy(recipes[name]):
+            message = f"stage {name!r} trains no policy that could be compared; leave it out"
+            yield problem(("compare", "models", index), message)
+
+
+def _stage_references(value: Any) -> Iterator[tuple[str, str]]:
+    """(stage, output) of every reference in a value."""
+    for reference in references(value):
+        stage, _, output = reference.removeprefix("stages.").rpartition(".")
+        yield stage, output
+
+
+def _not_made(output: str, name: str, recipe: Recipe) -> str | None:
+    made = needs_of(recipe.algorithm).makes
+    if output in ("run", made):
+        return None
+    return f"stage {name!r} makes no {output}; write ${{stages.{name}.{made}}}, or name another"
+
+
+def _no_start(name: str, theirs: Recipe, ours: Recipe) -> str | None:
+    made, wanted = needs_of(theirs.algorithm).model, needs_of(ours.algorithm).model
+    if (made, wanted) != ("scalar", "policy"):
+        return None
+    return (
+        f"stage {name!r} makes a reward model, which is no policy to start from; name a stage "
+        "that makes one"
+    )
+
+
+def _compare_problems(compare: CompareConfig, stages: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    if BASE in stages:
+        yield (), f"a stage is called {BASE!r}, as the model that the first one starts from is"
+    for message in _reference_problems(compare.reference, None, stages):
+        yield ("reference",), message
+    if compare.models == ():
+        yield ("models",), "names nothing to compare; leave it out to compare all"
+    known = (BASE, *stages)
+    for index, name in enumerate(compare.models or ()):
+        if name not in known:
+            hint = nearest(name, known) or ";"
+            message = f"no stage is called {name!r}{hint} there are {', '.join(known)}"
+            yield ("models", index), message
+        if name in (compare.models or ())[:index]:
+            yield ("models", index), f"{name!r} is named twice; keep one"
 
 
 def references(value: Any) -> Iterator[str]:
@@ -106,16 +208,20 @@ def resolve_references(value: Any, outputs: Mapping[str, Mapping[str, str]]) -> 
 def _output(reference: str, outputs: Mapping[str, Mapping[str, str]]) -> str:
     _, _, rest = reference.partition(".")
     stage, _, output = rest.rpartition(".")
-    try:
-        return outputs[stage][output]
-    except KeyError:
+    if stage not in outputs:
         raise UserInputError(
             f"${{{reference}}}: there is no such output; finished stages: "
             f"{', '.join(outputs) or 'none'}"
-        ) from None
+        )
+    if output not in outputs[stage]:
+        raise UserInputError(
+            f"${{{reference}}}: stage {stage!r} made no {output}; it made "
+            f"{', '.join(outputs[stage])}"
+        )
+    return outputs[stage][output]
 
 
-def _reference_problems(value: Any, stage: str, earlier: list[str]) -> Iterator[str]:
+def _reference_problems(value: Any, stage: str | None, earlier: Sequence[str]) -> Iterator[str]:
     for reference in references(value):
         head, _, rest = reference.partition(".")
         name, _, output = rest.rpartition(".")

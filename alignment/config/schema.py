@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     ValidationError,
     field_validator,
@@ -21,7 +20,7 @@ from pydantic import (
 
 from alignment import registry
 from alignment.config import checks
-from alignment.config.algorithms import Algorithm
+from alignment.config.algorithms import Algorithm, default_reference
 from alignment.config.fields import (
     Bool,
     Count,
@@ -34,10 +33,9 @@ from alignment.config.fields import (
     problem,
     raise_problems,
 )
+from alignment.config.model import ModelConfig
 from alignment.config.plugins import PluginSection
 from alignment.types import UserInputError
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 def _folder_name(name: str) -> str:
@@ -65,103 +63,6 @@ class RunConfig(Section):
     """Folder that holds the run's folder."""
 
 
-class LoraConfig(Section):
-    """Train low-rank adapters in place of the full weights."""
-
-    rank: PositiveCount
-    """Rank of the adapters."""
-    alpha: Positive = Field(default_factory=lambda data: 2.0 * data["rank"])
-    """The update is scaled by alpha / rank; twice the rank unless given."""
-    dropout: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout on the adapters' input, in updates only."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the layers that get an adapter."""
-
-
-class ReferenceConfig(Section):
-    """The policy that the KL divergence is measured from: the model as handed over.
-
-    `reference: frozen_copy` is short for `reference: {mode: frozen_copy}`.
-    """
-
-    mode: Literal["adapter_off", "frozen_copy", "synced", "precomputed", "none"]
-    """`adapter_off` (LoRA: the same weights without the adapter), `frozen_copy`, `synced` (follows
-    the policy), `precomputed` (offline methods), `none`."""
-    dtype: DType | None = None
-    """Number format of a copy; null is the model's."""
-    device: str | None = None
-    """Device of a copy, such as `cpu`; null is the model's."""
-    every: PositiveCount = 1
-    """Steps between updates of a synced reference."""
-    mix: Annotated[Number, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the policy in an update of a synced reference: 1 copies, less averages (EMA)."""
-
-    @model_validator(mode="after")
-    def _options_apply(self) -> ReferenceConfig:
-        applies = {
-            "dtype": ("frozen_copy", "synced"),
-            "device": ("frozen_copy", "synced"),
-            "every": ("synced",),
-            "mix": ("synced",),
-        }
-        raise_problems(
-            "reference",
-            [
-                problem((key,), f"applies to mode {' and '.join(modes)} only; remove it")
-                for key, modes in applies.items()
-                if self.mode not in modes
-                and getattr(self, key) != type(self).model_fields[key].default
-            ],
-        )
-        return self
-
-
-def _default_reference(data: dict[str, Any]) -> ReferenceConfig:
-    return ReferenceConfig(mode="frozen_copy" if data.get("lora") is None else "adapter_off")
-
-
-class ModelConfig(Section):
-    """The policy, and its reference."""
-
-    path: str = Field(min_length=1)
-    """A folder in Hugging Face format, a catalogue name (`align models list`), or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: DType = "bfloat16"
-    """Number format that the model computes in."""
-    master_dtype: Literal["float32", "none"] = "float32"
-    """`float32`: the optimizer keeps full-precision weights behind low-precision compute. `none`:
-    it updates the model's own numbers, which loses small updates in bfloat16."""
-    lora: LoraConfig | None = None
-    """Adapters; null trains every weight."""
-    reference: Annotated[
-        ReferenceConfig,
-        BeforeValidator(lambda value: {"mode": value} if isinstance(value, str) else value),
-    ] = Field(default_factory=_default_reference)
-    """The reference policy: by default adapter_off with LoRA, frozen_copy without, and none where
-    the algorithm is sft."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation."""
-    gradient_checkpointing: Bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    router_aux_coef: NonNegative = 0.0
-    """Weight of the load-balancing loss of a mixture of experts."""
-    chat_template: str | None = None
-    """File with a Jinja chat template to use in place of the tokenizer's."""
-    trust_remote_code: Bool = False
-    """Run Python code that comes with the model."""
-
-    @model_validator(mode="after")
-    def _reference_fits(self) -> ModelConfig:
-        if self.reference.mode == "adapter_off" and self.lora is None:
-            message = (
-                "adapter_off needs an adapter to switch off; add model.lora (such as "
-                "lora: {rank: 16}), or use reference: frozen_copy"
-            )
-            raise_problems("model", [problem(("reference",), message)])
-        return self
-
-
 class DataConfig(PluginSection):
     """Where prompts and completions come from: a source and its options."""
 
@@ -173,6 +74,14 @@ class DataConfig(PluginSection):
     """Draw the rows in a random order, new in each pass."""
     limit: PositiveCount | None = None
     """Use only so many rows; null uses all."""
+    style: Literal["auto", "chat", "plain"] = "auto"
+    """How text becomes tokens: rendered by the chat template, plainly, or `auto`: by the chat
+    template if there is one."""
+    max_tokens: PositiveCount | None = None
+    """Longest prompt and completion together; null is the model's context."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a row over max_tokens: its completions are cut (a row with nothing left is
+    dropped), it is dropped, or the run is refused. Both are counted."""
     max_prompt_tokens: PositiveCount | None = None
     """Drop (and count) rows with longer prompts; null keeps all."""
     system: str | None = None
@@ -229,8 +138,8 @@ class OptimConfig(Section):
 
     type: Literal["adamw"] = "adamw"
     """The optimizer."""
-    lr: Positive
-    """Peak learning rate."""
+    lr: Positive | None = None
+    """Peak learning rate; required by every method that trains."""
     betas: tuple[
         Annotated[Number, Field(ge=0.0, lt=1.0)], Annotated[Number, Field(ge=0.0, lt=1.0)]
     ] = (0.9, 0.999)
@@ -287,6 +196,8 @@ class LimitsConfig(Section):
     """Share of completions of a step that rewards may fail to score."""
     nonfinite_steps: PositiveCount = 3
     """Updates in a row that may be skipped for a loss or gradient that is not finite."""
+    dropped_rows: Fraction = 0.5
+    """Share of the data's rows that may be unusable (too long, empty, both sides the same)."""
     logprob_gap: Positive = 0.5
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probability."""
     idle_steps: PositiveCount = 5
@@ -326,8 +237,8 @@ class Recipe(Section):
     """How completions are sampled; required where the algorithm samples."""
     rewards: tuple[RewardConfig, ...] = ()
     """What is rewarded; required where the algorithm learns from rewards."""
-    optim: OptimConfig
-    """The optimizer."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer; required where the algorithm trains."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save."""
     eval: EvalConfig = EvalConfig()
@@ -340,13 +251,13 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _sft_needs_no_reference(cls, data: Any) -> Any:
+    def _some_methods_need_no_reference(cls, data: Any) -> Any:
         model, algorithm = (
             (data.get("model"), data.get("algorithm")) if isinstance(data, dict) else (None, None)
         )
         if not (isinstance(model, dict) and isinstance(algorithm, dict)):
             return data
-        if algorithm.get("type") != "sft" or "reference" in model:
+        if "reference" in model or default_reference(algorithm) != "none":
             return data
         return {**data, "model": {**model, "reference": "none"}}
 

@@ -1,11 +1,15 @@
 """The row formats that the toolkit understands, and their normal forms.
 
-| format       | columns                                                            |
-|--------------|--------------------------------------------------------------------|
-| conversation | `messages`: `[{"role", "content"}, ...]`                           |
-| demonstration| `prompt` or `question`, and `completion` (or `answer`)             |
-| prompt       | `prompt` or `question`, or `messages`; with `answer` for verifiers |
-| preference   | `chosen` and `rejected`, with `prompt` or as two whole conversations|
+| format       | columns                                                              |
+|--------------|----------------------------------------------------------------------|
+| conversation | `messages`: `[{"role", "content"}, ...]`                             |
+| demonstration| `prompt` or `question`, and `completion` (or `answer`)               |
+| prompt       | `prompt` or `question`, or `messages`; with `answer` for verifiers   |
+| preference   | `chosen` and `rejected`, with `prompt` or as two whole conversations;|
+|              | `margin`, a number, may say by how much                              |
+| labelled     | a demonstration or a conversation, and `label`: true, false, 1 or 0  |
+| stepped      | `prompt`, `completions`: the steps of one answer, each a string, and |
+|              | `labels`: for each step true, false or a number from 0 to 1          |
 
 A prompt, a completion, `chosen` and `rejected` are a string or a list of messages. With `chat`,
 strings become messages: a prompt the user's, a completion the assistant's. Without, all must be
@@ -16,6 +20,7 @@ Every function takes `where`, the name of the row ("row 12"), and begins its err
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,11 +30,12 @@ from alignment.types import UserInputError
 Row = dict[str, Any]
 Message = dict[str, Any]
 Turns = list[Message] | str
-Format = Literal["conversation", "demonstration", "prompt", "preference"]
+Format = Literal["conversation", "demonstration", "prompt", "preference", "labelled", "stepped"]
 
 _ROLE = re.compile(r"[a-z][a-z_]*")
 _PROMPT_COLUMNS = ("prompt", "question")
 _COMPLETION_COLUMNS = ("completion", "answer")
+_A_NUMBER = "give a finite number (the cells of a CSV file are strings: use JSON lines or Parquet)"
 
 
 def detect(row: Mapping[str, Any], *, where: str = "the row") -> Format:
@@ -40,14 +46,19 @@ def detect(row: Mapping[str, Any], *, where: str = "the row") -> Format:
     """
     if "chosen" in row and "rejected" in row:
         return "preference"
+    if "completions" in row and "labels" in row:
+        return "stepped"
     if "messages" in row:
-        return "conversation"
+        return "labelled" if "label" in row else "conversation"
     if any(column in row for column in _PROMPT_COLUMNS):
+        if "label" in row and any(column in row for column in _COMPLETION_COLUMNS):
+            return "labelled"
         return "demonstration" if "completion" in row else "prompt"
     raise UserInputError(
         f"{where}: none of the known formats; it has the columns {_listed(row)}. Known: "
-        "'messages'; 'prompt' or 'question' with 'completion' or 'answer'; 'chosen' and "
-        "'rejected'. Rename columns with the source's `columns` option"
+        "'messages'; 'prompt' or 'question' with 'completion' or 'answer'; either with 'label'; "
+        "'chosen' and 'rejected'; 'prompt' with 'completions' and 'labels'. Rename columns with "
+        "the source's `columns` option"
     )
 
 
@@ -93,31 +104,109 @@ def preference_of(
     row: Mapping[str, Any], *, chat: bool, where: str = "the row"
 ) -> tuple[Turns, Turns, Turns]:
     """(prompt, chosen, rejected). Without a `prompt` column, `chosen` and `rejected` are whole
-    conversations, and the prompt is the messages they begin with in common.
+    conversations, and the prompt is the messages they begin with in common: [] if there are none.
+
+    Whether the two can be compared is for `alignment.data.pairs` to say.
 
     Raises:
-        UserInputError: a column is missing or of the wrong type, both answers are the same, or
-            two whole conversations have no common beginning.
+        UserInputError: a column is missing or of the wrong type.
     """
     for column in ("chosen", "rejected"):
         if column not in row:
             raise UserInputError(_missing(row, "'chosen' and 'rejected'", where))
     chosen = _turns(row["chosen"], "assistant", chat, f"{where}: column 'chosen'")
     rejected = _turns(row["rejected"], "assistant", chat, f"{where}: column 'rejected'")
-    if chosen == rejected:
-        raise UserInputError(f"{where}: 'chosen' and 'rejected' are the same; drop the row")
     if any(column in row for column in _PROMPT_COLUMNS):
         prompt = prompt_of(row, chat=chat, where=where)
         if isinstance(prompt, list):
             return prompt, _without(prompt, chosen), _without(prompt, rejected)
         return prompt, chosen, rejected
     common = _common_beginning(chosen, rejected)
-    if not common:
-        raise UserInputError(
-            f"{where}: there is no 'prompt' column, and 'chosen' and 'rejected' do not begin with "
-            "the same messages; add a 'prompt', or give two conversations with the same beginning"
-        )
     return common, chosen[len(common) :], rejected[len(common) :]
+
+
+def margin_of(row: Mapping[str, Any], *, where: str = "the row") -> float | None:
+    """By how much `chosen` was preferred: the column `margin`, or None without one.
+
+    Raises:
+        UserInputError: it is not a finite number.
+    """
+    value = row.get("margin")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserInputError(f"{where}: column 'margin' is {_shown(value)}; {_A_NUMBER}")
+    return float(value)
+
+
+def labelled_of(
+    row: Mapping[str, Any], *, chat: bool, where: str = "the row"
+) -> tuple[Turns, Turns, bool]:
+    """(prompt, completion, desirable). Of a conversation, the completion is the last assistant
+    message and the prompt what comes before it; without an assistant message it is [].
+
+    Raises:
+        UserInputError: a column is missing or of the wrong type.
+    """
+    value = row.get("label")
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise UserInputError(
+            f"{where}: column 'label' is {_shown(value)}; give true or false, or 1 or 0 (the cells "
+            "of a CSV file are strings: use JSON lines or Parquet)"
+        )
+    if "messages" in row:
+        _need_chat(chat, where)
+        messages = _messages(row["messages"], f"{where}: column 'messages'")
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        last = turns[-1] if turns else len(messages)
+        return messages[:last], messages[last : last + 1], bool(value)
+    prompt, completion = demonstration_of(row, chat=chat, where=where)
+    return prompt, completion, bool(value)
+
+
+def steps_of(
+    row: Mapping[str, Any], *, chat: bool, where: str = "the row"
+) -> tuple[Turns, list[str], list[float]]:
+    """(prompt, the steps of the answer, a label from 0 to 1 for each of them).
+
+    Raises:
+        UserInputError: a column is missing or of the wrong type, or labels and steps differ in
+            number.
+    """
+    for column in ("completions", "labels"):
+        if column not in row:
+            raise UserInputError(_missing(row, "'completions' and 'labels'", where))
+        if not isinstance(row[column], (list, tuple)) or not row[column]:
+            raise UserInputError(
+                f"{where}: column {column!r} is {_shown(row[column])}; give a non-empty list"
+            )
+    steps, labels = list(row["completions"]), list(row["labels"])
+    if len(steps) != len(labels):
+        raise UserInputError(
+            f"{where}: {len(labels)} labels for {len(steps)} completions; give each step its label"
+        )
+    for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        if not isinstance(step, str):
+            raise UserInputError(
+                f"{where}: column 'completions', step {number} is {_shown(step)}; give a string"
+            )
+        if not isinstance(label, (bool, int, float)) or not 0 <= label <= 1:
+            raise UserInputError(
+                f"{where}: column 'labels', step {number} is {_shown(label)}; give true, false or "
+                "a number from 0 to 1"
+            )
+    return prompt_of(row, chat=chat, where=where), steps, [float(label) for label in labels]
+
+
+def has_content(completion: Turns) -> bool:
+    """Whether an assistant says anything in it."""
+    if isinstance(completion, str):
+        return bool(completion.strip())
+    return any(
+        message["role"] == "assistant"
+        and (message.get("tool_calls") or str(message.get("content") or "").strip())
+        for message in completion
+    )
 
 
 def wants_chat(style: Literal["auto", "chat", "plain"], *, has_template: bool) -> bool:

@@ -41,10 +41,35 @@ class DataReport:
         parts = [f"{len(self.kept)} of {self.n_rows} rows kept"]
         if self.truncated:
             parts.append(f"{len(self.truncated)} truncated")
-        for reason, rows in self.dropped.items():
-            shown = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
-            parts.append(f"{len(rows)} dropped, {reason} (row {shown})")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.reasons()])
+
+    def reasons(self) -> list[str]:
+        """For each reason of dropping: how many rows, and the first of them."""
+        return [
+            f"{len(rows)} dropped, {reason} (row {', '.join(map(str, rows[:3]))}"
+            f"{', ...' if len(rows) > 3 else ''})"
+            for reason, rows in self.dropped.items()
+        ]
+
+
+def check_dropped(report: DataReport, limit: float, what: str) -> None:
+    """Check that no more than a share of the rows was dropped.
+
+    Args:
+        report: of the rows.
+        limit: largest share of them that may be dropped, 0 to 1.
+        what: names the data, such as "training data".
+
+    Raises:
+        UserInputError: more were, with the reasons and the first rows (counting from 0).
+    """
+    if report.n_dropped > limit * report.n_rows:
+        raise UserInputError(
+            f"{what}: {report.n_dropped} of {report.n_rows} rows "
+            f"({report.n_dropped / report.n_rows:.1%}) cannot be used, more than the limit of "
+            f"{limit:.1%}: {'; '.join(report.reasons())}. Correct or remove these rows, or raise "
+            "the limit"
+        )
 
 
 class Tally:

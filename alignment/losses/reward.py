@@ -1,12 +1,13 @@
-"""Reward modeling from preference pairs."""
+"""Reward modeling: outcome rewards from preference pairs, process rewards from labelled steps."""
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from alignment.losses.inputs import check_shapes, upcast
-from alignment.losses.types import Mean, SequenceLoss
+from alignment.losses.inputs import check_shapes, masked, upcast
+from alignment.losses.types import Mean, SequenceLoss, TokenLoss
+from alignment.types import UserInputError
 
 
 def bradley_terry_loss(
@@ -30,11 +31,20 @@ def bradley_terry_loss(
         rejected_scores: `[B]`.
         margin: how much better the chosen one must be: `[B]`, or one number for all.
         center_coef: weight of the centring term.
-        label_smoothing: e, the probability that a label is wrong.
+        label_smoothing: e, the probability that a label is wrong, in [0, 0.5).
 
     Metrics: `accuracy` (strict), `margin` (without the margin taken off), `score/chosen`,
     `score/rejected`.
+
+    Raises:
+        UserInputError: label_smoothing outside [0, 0.5).
+        AlignmentError: shapes that differ.
     """
+    if not 0 <= label_smoothing < 0.5:
+        raise UserInputError(
+            f"label_smoothing is {label_smoothing!r}; it is the probability that a label is wrong, "
+            "so give a number in [0, 0.5)"
+        )
     chosen, rejected = upcast(chosen_scores), upcast(rejected_scores)
     check_shapes(chosen.shape, rejected_scores=rejected)
     difference = chosen - rejected
@@ -54,3 +64,38 @@ def bradley_terry_loss(
         "score/rejected": Mean.of(rejected),
     }
     return SequenceLoss(loss, metrics)
+
+
+def process_reward_loss(step_scores: Tensor, labels: Tensor, mask: Tensor) -> TokenLoss:
+    """Binary cross-entropy of every labelled step, `[B, T]`.
+
+        loss = -y log s(x) - (1 - y) log s(-x)
+
+    x the score (a logit) and y the label of a step: a process reward model, Lightman et al. 2023.
+    A step's score stands at its last token, and so do its label and its True in the mask.
+
+    Args:
+        step_scores: `[B, T]`.
+        labels: `[B, T]`, 1 for a good step, 0 for a bad one, or a probability between. Constants.
+        mask: `[B, T]`, True at the last token of each labelled step.
+
+    Metrics over steps: `accuracy` (the step counts as good where its score is above 0 and where
+    its label is above 0.5; share of agreement), `accuracy/good` and `accuracy/bad` over the steps
+    of that label: with few bad steps, the first one alone says little.
+
+    Raises:
+        AlignmentError: shapes that differ.
+    """
+    check_shapes(step_scores.shape, labels=labels, mask=mask)
+    mask = mask.bool()
+    scores, targets = masked(step_scores, mask), masked(labels.detach(), mask)
+    targets = targets.to(scores.dtype)
+    loss = binary_cross_entropy_with_logits(scores, targets, reduction="none")
+    good = targets > 0.5
+    right = (scores > 0) == good
+    metrics = {
+        "accuracy": Mean.of(right, mask),
+        "accuracy/good": Mean.of(right, mask & good),
+        "accuracy/bad": Mean.of(right, mask & ~good),
+    }
+    return TokenLoss(masked(loss, mask), metrics)

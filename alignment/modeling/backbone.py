@@ -23,7 +23,8 @@ class Backbone:
     """The two halves of a `transformers` causal LM.
 
     Args:
-        model: a causal LM, or a peft model around one (adapters stay active).
+        model: a causal LM, a decoder without a head, or a peft model around one (adapters stay
+            active).
 
     Attributes:
         plain_reason: why only plain padded rows are valid for this architecture, or None where
@@ -35,12 +36,8 @@ class Backbone:
         causal_lm: Any = get_base() if get_base is not None else model
         self.causal_lm = causal_lm
         self.config = causal_lm.config.get_text_config()
-        self.decoder: nn.Module = getattr(causal_lm, causal_lm.base_model_prefix)
-        self.lm_head: nn.Module = causal_lm.get_output_embeddings()
-        if self.lm_head is None:
-            raise AlignmentError(
-                f"{type(causal_lm).__name__} has no output embeddings to score with"
-            )
+        self.decoder: nn.Module = causal_lm.base_model
+        self.lm_head: nn.Module | None = causal_lm.get_output_embeddings()
         self.plain_reason = _plain_reason(causal_lm, self.config)
 
     @property
@@ -109,6 +106,10 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., D]`, scaled as the architecture asks."""
+        if self.lm_head is None:
+            raise AlignmentError(
+                f"{type(self.causal_lm).__name__} has no output embeddings to score with"
+            )
         logits: Tensor = self.lm_head(hidden).float()
         scale = getattr(self.config, "logit_scale", None)
         if scale is not None:

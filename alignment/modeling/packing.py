@@ -6,13 +6,15 @@ at its neighbours, and its positions continue the prompt's. Units are put into r
 that attention costs `rows x row_length^2` rather than `tokens^2`.
 
 The last token of a completion predicts nothing that is scored, so it is not an input; the first
-is predicted by the prompt's last token, which all completions of the unit share.
+is predicted by the prompt's last token, which all completions of the unit share. A head that reads
+*after* each token (a reward model) does look at the last one: see `Reads`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,10 @@ from alignment.types import AlignmentError, Sample
 ROW_TOKENS = 1024
 
 
+Reads = Literal["before", "after"]
+"""Which hidden state belongs to a completion token: the one that predicts it, or its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """One forward pass. `R` rows of `L` tokens, `M` scored completion tokens of `B` samples.
@@ -32,8 +38,8 @@ class Packed:
     input_ids, position_ids: `[R, L]` (padding has id 0 and looks at itself only).
     allowed:     bool `[R, L, L]`, or None for plain rows, where `real` is all a model needs.
     real:        bool `[R, L]`, False at padding.
-    source:      `[M]`, flat index into `R * L` of the token whose hidden state predicts.
-    target_ids:  `[M]`, the completion token predicted.
+    source:      `[M]`, flat index into `R * L` of the token whose hidden state is read.
+    target_ids:  `[M]`, the completion token it belongs to.
     rows, cols:  `[M]`, where it belongs in the `[B, T]` result.
     """
 
@@ -60,35 +66,50 @@ class _Unit:
 
 
 def plan_micro_batches(
-    samples: Sequence[Sample], token_budget: int, *, share_prompts: bool = True
+    samples: Sequence[Sample],
+    token_budget: int,
+    *,
+    share_prompts: bool = True,
+    together: int = 1,
 ) -> list[list[int]]:
     """Split samples into micro-batches of at most `token_budget` computed tokens.
 
-    Samples of one prompt stay together as far as the budget and the row length allow. A sample
+    Samples of one prompt stay together as far as the budget and the row length allow. What is
     longer than the budget gets a micro-batch of its own. The plan depends on the samples only.
+
+    Args:
+        together: samples 0 to k-1, k to 2k-1, ... are never parted: a loss needs them at once (2
+            for pairs in the order chosen, rejected).
 
     Returns:
         lists of sample indices; every sample occurs once.
     """
-    if share_prompts:
-        units = _units(samples, range(len(samples)), min(token_budget, ROW_TOKENS))
+    most = min(token_budget, ROW_TOKENS)
+    blocks: list[tuple[tuple[int, ...], int]]
+    if together > 1:
+        starts = range(0, len(samples), together)
+        blocks = [_block(samples, range(s, s + together), most, share_prompts) for s in starts]
+    elif share_prompts:
+        blocks = [(u.members, u.length) for u in _units(samples, range(len(samples)), most)]
     else:
-        units = [_unit(samples, (i,)) for i in range(len(samples))]
+        blocks = [_block(samples, range(i, i + 1), most, False) for i in range(len(samples))]
     batches: list[list[int]] = []
     room = 0
-    for unit in units:
-        if unit.length > room:
+    for members, length in blocks:
+        if length > room:
             batches.append([])
             room = token_budget
-        batches[-1].extend(unit.members)
-        room -= unit.length
+        batches[-1].extend(members)
+        room -= length
     return batches
 
 
-def pack(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> Packed:
+def pack(
+    samples: Sequence[Sample], *, device: torch.device | str = "cpu", reads: Reads = "before"
+) -> Packed:
     """Pack samples with shared prompts into rows with a block mask."""
     _check(samples)
-    rows = _fill_rows(_units(samples, range(len(samples)), ROW_TOKENS))
+    rows = _fill_rows(_units(samples, range(len(samples)), ROW_TOKENS, reads))
     length = max(sum(unit.length for unit in row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
@@ -111,13 +132,14 @@ def pack(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> Pa
             cursor = prompt_end
             for part, member in enumerate(unit.members, start=1):
                 completion = samples[member].completion_ids
-                n_inputs = len(completion) - 1
+                n_inputs = _n_inputs(samples[member], reads)
                 end = cursor + n_inputs
-                ids[r, cursor:end] = torch.tensor(completion[:-1], dtype=torch.long)
+                ids[r, cursor:end] = torch.tensor(completion[:n_inputs], dtype=torch.long)
                 positions[r, cursor:end] = len(unit.prompt) + torch.arange(n_inputs)
                 part_of[r, cursor:end] = part
                 base = r * length
-                source.append(torch.tensor([base + prompt_end - 1]))
+                if reads == "before":
+                    source.append(torch.tensor([base + prompt_end - 1]))
                 source.append(base + torch.arange(cursor, end))
                 target.extend(completion)
                 at_row.extend([member] * len(completion))
@@ -140,17 +162,21 @@ def pack(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> Pa
     )
 
 
-def pad(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> Packed:
+def pad(
+    samples: Sequence[Sample], *, device: torch.device | str = "cpu", reads: Reads = "before"
+) -> Packed:
     """One right-padded row a sample: for architectures where no custom mask is valid."""
     _check(samples)
-    lengths = [len(s.prompt_ids) + len(s.completion_ids) - 1 for s in samples]
+    first = -1 if reads == "before" else 0
+    lengths = [len(s.prompt_ids) + _n_inputs(s, reads) for s in samples]
     length = max(lengths)
     ids = torch.zeros(len(samples), length, dtype=torch.long)
     for r, sample in enumerate(samples):
-        ids[r, : lengths[r]] = torch.tensor((*sample.prompt_ids, *sample.completion_ids[:-1]))
+        tokens = (*sample.prompt_ids, *sample.completion_ids)
+        ids[r, : lengths[r]] = torch.tensor(tokens[: lengths[r]])
     present = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
     source = [
-        r * length + len(s.prompt_ids) - 1 + torch.arange(len(s.completion_ids))
+        r * length + len(s.prompt_ids) + first + torch.arange(len(s.completion_ids))
         for r, s in enumerate(samples)
     ]
     return Packed(
@@ -179,13 +205,31 @@ def _check(samples: Sequence[Sample]) -> None:
             )
 
 
-def _unit(samples: Sequence[Sample], members: tuple[int, ...]) -> _Unit:
+def _n_inputs(sample: Sample, reads: Reads) -> int:
+    """How many of a completion's tokens go into the model."""
+    return len(sample.completion_ids) - (1 if reads == "before" else 0)
+
+
+def _block(
+    samples: Sequence[Sample], indices: Sequence[int], most: int, share_prompts: bool
+) -> tuple[tuple[int, ...], int]:
+    """Samples that stay together, and the tokens they cost."""
+    if share_prompts:
+        units = _units(samples, indices, most)
+    else:
+        units = [_unit(samples, (i,), "before") for i in indices]
+    return tuple(indices), sum(unit.length for unit in units)
+
+
+def _unit(samples: Sequence[Sample], members: tuple[int, ...], reads: Reads) -> _Unit:
     prompt = samples[members[0]].prompt_ids
-    inputs = sum(len(samples[m].completion_ids) - 1 for m in members)
+    inputs = sum(_n_inputs(samples[m], reads) for m in members)
     return _Unit(prompt, members, len(prompt) + inputs)
 
 
-def _units(samples: Sequence[Sample], indices: Sequence[int], most: int) -> list[_Unit]:
+def _units(
+    samples: Sequence[Sample], indices: Sequence[int], most: int, reads: Reads = "before"
+) -> list[_Unit]:
     """Group samples by prompt, in order of first appearance, at most `most` tokens a unit."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i in indices:
@@ -195,13 +239,13 @@ def _units(samples: Sequence[Sample], indices: Sequence[int], most: int) -> list
         taken: list[int] = []
         length = len(prompt)
         for m in members:
-            inputs = len(samples[m].completion_ids) - 1
+            inputs = _n_inputs(samples[m], reads)
             if taken and length + inputs > most:
-                units.append(_unit(samples, tuple(taken)))
+                units.append(_unit(samples, tuple(taken), reads))
                 taken, length = [], len(prompt)
             taken.append(m)
             length += inputs
-        units.append(_unit(samples, tuple(taken)))
+        units.append(_unit(samples, tuple(taken), reads))
     return units
 
 

@@ -10,26 +10,40 @@ import torch
 from torch import Tensor, nn
 
 from alignment.modeling.backbone import Backbone
+from alignment.modeling.heads import ScalarHead
 from alignment.modeling.packing import plan_micro_batches
 from alignment.modeling.reference import Reference, trainable
-from alignment.modeling.scorer import PredictingStates, Scores, predicting_states, score
+from alignment.modeling.scorer import (
+    PredictingStates,
+    Scores,
+    packing_fault,
+    predicting_states,
+    read_values,
+    score,
+)
 from alignment.types import AlignmentError, Sample, SamplingParams, UserInputError
 
 
 class PolicyWithReference(nn.Module):
     """A causal LM in training, with an optional reference.
 
-    The module stays in eval mode except inside `updating()`, so that sampling and scoring see no
-    dropout; `updating()` turns train mode on for the gradient pass only.
+    The module stays in eval mode except inside `updating(policy)`, so that sampling and scoring see
+    no dropout.
 
     Args:
         model: the policy; it must have something to train.
         reference: see `alignment.modeling.reference`; None where nothing is compared.
+        value_head: reads a critic's values off the policy's own hidden states; None without one.
         router_loss: whether scores under gradients carry a mixture of experts' balancing loss.
     """
 
     def __init__(
-        self, model: nn.Module, reference: Reference | None, *, router_loss: bool = False
+        self,
+        model: nn.Module,
+        reference: Reference | None,
+        *,
+        value_head: ScalarHead | None = None,
+        router_loss: bool = False,
     ) -> None:
         super().__init__()
         if not trainable(model):
@@ -40,6 +54,7 @@ class PolicyWithReference(nn.Module):
         self.model = model.eval()
         self.backbone = Backbone(model)
         self.reference = reference
+        self.value_head = value_head
         self.router_loss = router_loss
         if self.backbone.plain_reason is None:
             self.backbone.plain_reason = packing_fault(self.backbone)
@@ -53,23 +68,17 @@ class PolicyWithReference(nn.Module):
         return score(
             self.backbone,
             samples,
+            value_head=self.value_head,
             router_loss=self.router_loss and torch.is_grad_enabled(),
             **options,
         )
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """The gradient pass: train mode (dropout, activation checkpointing), then eval again."""
-        self.model.train()
-        try:
-            yield
-        finally:
-            self.model.eval()
-
-    def plan(self, samples: Sequence[Sample], token_budget: int) -> list[list[int]]:
+    def plan(
+        self, samples: Sequence[Sample], token_budget: int, *, together: int = 1
+    ) -> list[list[int]]:
         """Micro-batches for these samples on this architecture."""
         shares = self.backbone.plain_reason is None
-        return plan_micro_batches(samples, token_budget, share_prompts=shares)
+        return plan_micro_batches(samples, token_budget, share_prompts=shares, together=together)
 
     @torch.no_grad()
     def score_all(
@@ -107,6 +116,23 @@ class PolicyWithReference(nn.Module):
                 out[i] = scores.logprobs[row, : len(samples[i].completion_ids)]
         return out
 
+    @torch.no_grad()
+    def values(self, samples: Sequence[Sample], token_budget: int) -> list[Tensor]:
+        """The value head where each token is chosen, without gradients, `[completion length]` each.
+
+        Raises:
+            AlignmentError: there is no value head.
+        """
+        if self.value_head is None:
+            raise AlignmentError("this policy has no value head")
+        out: list[Tensor] = [torch.empty(0)] * len(samples)
+        for batch in self.plan(samples, token_budget):
+            rows = [samples[i] for i in batch]
+            read = read_values(self.backbone, self.value_head, rows, reads="before")
+            for row, i in enumerate(batch):
+                out[i] = read.values[row, : len(samples[i].completion_ids)]
+        return out
+
     def reference_states(self, samples: Sequence[Sample]) -> PredictingStates:
         """The reference's predicting hidden states, to compute the full KL against."""
         with self._reference_backbone() as backbone:
@@ -116,6 +142,16 @@ class PolicyWithReference(nn.Module):
         if self.reference is None:
             raise AlignmentError("this policy has no reference to score; set model.reference")
         return self.reference.backbone()
+
+
+@contextmanager
+def updating(model: nn.Module) -> Iterator[None]:
+    """The gradient pass: train mode (dropout, activation checkpointing), then eval again."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -129,33 +165,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "attn_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def packing_fault(backbone: Backbone) -> str | None:
-    """Check on a few tokens that packed samples do not see each other; None where they don't.
-
-    A custom mask that an architecture ignores contaminates silently (log-probabilities off by 2.8
-    to 5.5), so it is measured once at the start. Rounding in low precision stays far below the
-    limit.
-    """
-    vocabulary = backbone.config.vocab_size
-    rows = [(1, 2, 3), (1, 2, 3), (4, 5)]
-    tails = [(6, 7, 8, 9), (10, 11), (12, 13, 14)]
-    samples = [
-        Sample(
-            tuple(t % vocabulary for t in prompt), tuple(t % vocabulary for t in tail), (True,) * n
-        )
-        for prompt, tail in zip(rows, tails, strict=True)
-        for n in [len(tail)]
-    ]
-    packed = score(backbone, samples)
-    worst = 0.0
-    for i, sample in enumerate(samples):
-        alone = score(backbone, [sample]).logprobs[0]
-        together = packed.logprobs[i, : len(alone)]
-        worst = max(worst, float((together - alone).abs().max()))
-    limit = 1e-3 if backbone.dtype == torch.float32 else 0.25
-    if worst < limit:
-        return None
-    return f"packed samples see each other on {backbone.config.model_type} (off by {worst:.2f})"

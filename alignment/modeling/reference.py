@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from alignment.types import UserInputError
 class Reference(Protocol):
     """A frozen point the policy is compared with."""
 
-    def backbone(self) -> Any:
+    def backbone(self) -> AbstractContextManager[Backbone]:
         """Context manager giving the `Backbone` to score with, gradients off."""
         ...
 
@@ -71,15 +71,6 @@ class AdapterOff:
                 with swapped(self._model, self._initial):
                     yield self._backbone
 
-    def after_step(self, step: int) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        _refuse_state("adapter_off", state)
-
 
 class FrozenCopy:
     """A copy of the whole policy, in any dtype and on any device."""
@@ -100,6 +91,22 @@ class FrozenCopy:
         with torch.no_grad():
             yield self._backbone
 
+
+class Fixed:
+    """A reference that stays where it is: nothing happens after a step, and nothing is saved.
+
+    Args:
+        mode: its name in a recipe.
+        point: gives the `Backbone` to score with.
+    """
+
+    def __init__(self, mode: str, point: AdapterOff | FrozenCopy) -> None:
+        self._mode = mode
+        self._point = point
+
+    def backbone(self) -> AbstractContextManager[Backbone]:
+        return self._point.backbone()
+
     def after_step(self, step: int) -> None:
         pass
 
@@ -107,7 +114,11 @@ class FrozenCopy:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        _refuse_state("frozen_copy", state)
+        if state:
+            raise UserInputError(
+                "the checkpoint holds a moving reference, but this run's reference is "
+                f"{self._mode}; resume with the recipe the run was started with"
+            )
 
 
 class Synced:
@@ -169,8 +180,8 @@ def make_reference(
 ) -> Reference | None:
     """The reference of a mode's name; None for `none` and `precomputed`, which score nothing."""
     table: dict[str, Callable[[], Reference | None]] = {
-        "adapter_off": lambda: AdapterOff(model),
-        "frozen_copy": lambda: FrozenCopy(model, dtype=dtype, device=device),
+        "adapter_off": lambda: Fixed(mode, AdapterOff(model)),
+        "frozen_copy": lambda: Fixed(mode, FrozenCopy(model, dtype=dtype, device=device)),
         "synced": lambda: Synced(model, every=every, mix=mix),
         "precomputed": lambda: None,
         "none": lambda: None,
@@ -192,11 +203,3 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             parameters[name].data = original
-
-
-def _refuse_state(mode: str, state: Mapping[str, Tensor]) -> None:
-    if state:
-        raise UserInputError(
-            f"the checkpoint holds a moving reference, but this run's reference is {mode}; resume "
-            "with the recipe the run was started with"
-        )

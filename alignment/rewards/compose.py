@@ -84,6 +84,17 @@ class CompositeReward:
         rows = zip(*columns, strict=True)
         return [self._combine(item, row) for item, row in zip(items, rows, strict=True)]
 
+    def bind(self, tokenizer: Any) -> None:
+        """Tell the parts that ask for it (method `bind`) how the policy's tokens read.
+
+        Raises:
+            UserInputError: a part cannot score what this tokenizer's policy writes.
+        """
+        for part in self.parts:
+            bind = getattr(part.reward, "bind", None)
+            if callable(bind):
+                bind(tokenizer)
+
     def close(self) -> None:
         """Let go of what the parts hold, such as worker processes."""
         for part in self.parts:

@@ -30,7 +30,8 @@ class Reward(Protocol):
     """Scores completions.
 
     Rewards that tell right from wrong set the attribute `is_verifier = True`; those that hold
-    processes or files have a method `close()`. Neither is required.
+    processes or files have a method `close()`; those that read token ids have a method
+    `bind(tokenizer)`, called once with the policy's tokenizer. None of them is required.
     """
 
     def __call__(self, items: Sequence[Item], /) -> Sequence[Score | None]:

@@ -21,11 +21,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from alignment.modeling.backbone import Backbone
-from alignment.modeling.logits import check_sampling_params
+from alignment.rollout.live import LiveModel
 from alignment.rollout.mode import sampling_mode
-from alignment.rollout.rows import Row, extend, lay_out
-from alignment.rollout.stopping import StopRule, end_tokens
+from alignment.rollout.rows import Row, extend
+from alignment.rollout.stopping import StopRule
 from alignment.types import Completion, Prompt, SamplingParams
 
 _PAD = 0  # masked wherever it stands, so any id will do
@@ -54,25 +53,14 @@ class HFEngine:
         max_rows: int = 64,
         stop_token_ids: Sequence[int] | None = None,
     ) -> None:
-        backbone = Backbone(model)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.policy_version = 0
-        self._causal_lm = backbone.causal_lm
-        self._context = getattr(backbone.config, "max_position_embeddings", None)
-        self._device = backbone.device
+        self._live = LiveModel(model, tokenizer, stop_token_ids)
         self._max_rows = max_rows
-        self._stop_ids = (
-            end_tokens(self._causal_lm, tokenizer)
-            if stop_token_ids is None
-            else frozenset(stop_token_ids)
-        )
         # A recurrent state would run over padding; there, a batch has prompts of one length only.
-        self._pads = backbone.plain_reason is None
+        self._pads = self._live.backbone.plain_reason is None
 
     def weights_updated(self, policy_version: int) -> None:
         """Completions from now on carry this version; nothing is kept between calls."""
-        self.policy_version = policy_version
+        self._live.policy_version = policy_version
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """Sample `params.n` completions for each prompt, in prompt-major order.
@@ -82,13 +70,12 @@ class HFEngine:
                 fills the context.
             AlignmentError: the model's logits are not finite.
         """
-        check_sampling_params(params)
-        rows = lay_out(prompts, params, self._context)
-        rule = StopRule(self._stop_ids, params.stop, self.tokenizer)
-        with sampling_mode(self.model), _blank_generation_config(self._causal_lm):
+        live = self._live
+        rows = live.rows(prompts, params)
+        with sampling_mode(live.model), _blank_generation_config(live.backbone.causal_lm):
             for batch in self._batches(rows):
-                self._run(batch, params, rule)
-        return [row.completion(self.policy_version, self.tokenizer) for row in rows]
+                self._run(batch, params, live.stop_rule(params))
+        return live.completions(rows)
 
     def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows of similar prompt length, which `generate` can run on together."""
@@ -105,7 +92,8 @@ class HFEngine:
         where it is not valid, and no position past the context, finished rows included."""
         if not self._pads and len(first.prompt_ids) != len(row.prompt_ids):
             return False
-        return self._context is None or len(row.prompt_ids) + first.limit <= self._context
+        context = self._live.context
+        return context is None or len(row.prompt_ids) + first.limit <= context
 
     def _run(self, rows: list[Row], params: SamplingParams, rule: StopRule) -> None:
         width = max(len(row.prompt_ids) for row in rows)
@@ -114,9 +102,10 @@ class HFEngine:
         for i, row in enumerate(rows):
             ids[i, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
             mask[i, width - len(row.prompt_ids) :] = 1
-        self._causal_lm.generate(
-            ids.to(self._device),
-            attention_mask=mask.to(self._device),
+        backbone = self._live.backbone
+        backbone.causal_lm.generate(
+            ids.to(backbone.device),
+            attention_mask=mask.to(backbone.device),
             generation_config=GenerationConfig.from_dict(
                 {
                     "do_sample": False,

@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from alignment.modeling.backbone import Backbone
-from alignment.modeling.logits import check_sampling_params
+from alignment.rollout.live import LiveModel
 from alignment.rollout.mode import sampling_mode
-from alignment.rollout.rows import Row, lay_out
+from alignment.rollout.rows import Row
 from alignment.rollout.sampling import row_key
-from alignment.rollout.stopping import StopRule, end_tokens
+from alignment.rollout.stopping import StopRule
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -29,6 +28,10 @@ from alignment.types import (
 )
 
 _PAGE = 32  # tokens of one page of the cache
+# transformers 5.17 has the older name, which later versions warn of.
+_PAGE_OPTIONS: dict[str, Any] = {
+    "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size": _PAGE
+}
 _CPU_BATCH_TOKENS = 512  # no estimate of free memory is made on a CPU
 
 
@@ -58,29 +61,19 @@ class PagedEngine:
         max_rows: int = 64,
         stop_token_ids: Sequence[int] | None = None,
     ) -> None:
-        backbone = Backbone(model)
+        self._live = LiveModel(model, tokenizer, stop_token_ids)
+        self._max_rows = max_rows
+        backbone = self._live.backbone
         implementation = backbone.config._attn_implementation
         if backbone.plain_reason is not None or implementation == "eager":
             raise UserInputError(
                 "rollout.engine 'paged' cannot run this model: "
                 f"{backbone.plain_reason or 'it uses eager attention'}; use 'native'"
             )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.policy_version = 0
-        self._causal_lm = backbone.causal_lm
-        self._context = getattr(backbone.config, "max_position_embeddings", None)
-        self._device = backbone.device
-        self._max_rows = max_rows
-        self._stop_ids = (
-            end_tokens(self._causal_lm, tokenizer)
-            if stop_token_ids is None
-            else frozenset(stop_token_ids)
-        )
 
     def weights_updated(self, policy_version: int) -> None:
         """Completions from now on carry this version; nothing is kept between calls."""
-        self.policy_version = policy_version
+        self._live.policy_version = policy_version
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """Sample `params.n` completions for each prompt, in prompt-major order.
@@ -90,21 +83,21 @@ class PagedEngine:
                 empty or fills the context.
             AlignmentError: transformers delivered no result for a request.
         """
-        check_sampling_params(params)
+        live = self._live
+        rows = live.rows(prompts, params)
         if params.min_p > 0:
             raise UserInputError("rollout.min_p has no effect in 'paged'; use engine 'native'")
-        rows = lay_out(prompts, params, self._context)
-        rule = StopRule(self._stop_ids, params.stop, self.tokenizer)
-        cuda = [self._device] if self._device.type == "cuda" else []
+        device = live.backbone.device
+        cuda = [device] if device.type == "cuda" else []
         # Seeding it seeds torch's generator, which belongs to the training loop.
-        with sampling_mode(self.model), torch.random.fork_rng(cuda):
+        with sampling_mode(live.model), torch.random.fork_rng(cuda):
             for _, same_limit in groupby(sorted(rows, key=_limit), key=_limit):
-                self._run(list(same_limit), params, rule)
-        return [row.completion(self.policy_version, self.tokenizer) for row in rows]
+                self._run(list(same_limit), params, live.stop_rule(params))
+        return live.completions(rows)
 
     def _run(self, rows: list[Row], params: SamplingParams, rule: StopRule) -> None:
         """Sample rows of one limit."""
-        results = self._causal_lm.generate_batch(
+        results = self._live.backbone.causal_lm.generate_batch(
             [list(row.prompt_ids) for row in rows],
             generation_config=self._generation_config(rows[0].limit, params),
             continuous_batching_config=self._batching_config(rows, params),
@@ -134,15 +127,15 @@ class PagedEngine:
                 "top_k": params.top_k,
                 "top_p": params.top_p,
                 "max_new_tokens": limit,
-                "eos_token_id": sorted(self._stop_ids) or None,
+                "eos_token_id": sorted(self._live.stop_ids) or None,
             }
         )
 
     def _batching_config(self, rows: list[Row], params: SamplingParams) -> ContinuousBatchingConfig:
         longest = max(len(row.prompt_ids) for row in rows) + rows[0].limit
-        on_cpu = self._device.type == "cpu"
+        on_cpu = self._live.backbone.device.type == "cpu"
         return ContinuousBatchingConfig(
-            page_size=_PAGE,
+            **_PAGE_OPTIONS,
             num_blocks=self._max_rows * -(-longest // _PAGE) if on_cpu else None,
             max_batch_tokens=_CPU_BATCH_TOKENS if on_cpu else None,
             max_requests_per_batch=self._max_rows,

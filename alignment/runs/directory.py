@@ -108,6 +108,20 @@ class RunDirectory:
         return self.path / "rollouts"
 
     @property
+    def made_dir(self) -> Path:
+        return self.path / "made"
+
+    @property
+    def data(self) -> Path:
+        """The data set that the run made, where its method makes one."""
+        return self.path / "data.jsonl"
+
+    @property
+    def cache_dir(self) -> Path:
+        """What can be computed again."""
+        return self.path / "cache"
+
+    @property
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
 

@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, code, seed, hashes of what went in, and its parent runs."""
+"""What a run records at its start: versions, code, seed, hashes of what went in, parent runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from alignment import __version__
 from alignment.runs.events import utc_now
+from alignment.runs.inputs import ParentRecord
 from alignment.types import AlignmentError
 
 REDACTED = "***"
@@ -45,6 +46,7 @@ def run_info(
     tokenizer_hash: str | None,
     template_hash: str | None,
     data_hash: str | None,
+    inputs: Sequence[ParentRecord] | None = None,
     parents: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """What `run.json` holds.
@@ -54,8 +56,11 @@ def run_info(
         command: the arguments the program was started with. Secrets in them are blanked.
         model_hash, tokenizer_hash, template_hash, data_hash: of what the run starts from, or None
             where there is no such thing.
-        parents: folders of the runs whose output this one starts from.
+        inputs: what the run takes from other runs; None leaves it unrecorded.
+        parents: folders of further runs that this one starts from, besides those of `inputs`.
     """
+    runs = [*(parent.run for parent in inputs or ()), *map(str, parents)]
+    recorded = {} if inputs is None else {"inputs": [parent.as_input() for parent in inputs]}
     return {
         "time": utc_now(),
         "command": redact(command),
@@ -65,7 +70,8 @@ def run_info(
         "tokenizer_hash": tokenizer_hash,
         "template_hash": template_hash,
         "data_hash": data_hash,
-        "parents": [str(parent) for parent in parents],
+        "parents": list(dict.fromkeys(runs)),
+        **recorded,
         "versions": _versions(),
         "platform": platform.platform(),
         "cpu_count": _cpu_count(),

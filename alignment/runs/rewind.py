@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from alignment.runs.checkpoint import discard_checkpoints_after
 from alignment.runs.directory import RunDirectory
+from alignment.runs.made import MadeData
 from alignment.runs.metrics import MetricsWriter
 from alignment.runs.samples import SampleRecorder
 
 
 def rewind(run: RunDirectory, step: int) -> None:
-    """Drop the metrics, samples and checkpoints of the steps after `step` (0: all of them).
+    """Drop the metrics, samples, made rows and checkpoints of the steps after `step` (0: all of them).
 
     Events stay: they tell what happened, the steps that are run again included. Call it before
     a `MetricsWriter` of the run is opened.
@@ -19,6 +20,7 @@ def rewind(run: RunDirectory, step: int) -> None:
     """
     discard_checkpoints_after(run.checkpoints_dir, step)
     SampleRecorder(run.rollouts_dir).truncate_after(step)
+    MadeData(run.made_dir).truncate_after(step)
     metrics = MetricsWriter(run.metrics)
     metrics.truncate_after(step)
     metrics.close()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.load import load_recipe
+from alignment.config.model import ModelConfig
 from alignment.config.pipeline import PipelineRecipe
-from alignment.config.schema import ModelConfig, RolloutConfig
+from alignment.config.schema import RolloutConfig
 from alignment.data.chat import ChatEncoder
 from alignment.data.formats import Turns
 from alignment.data.prompts import with_system

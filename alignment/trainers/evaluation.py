@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alignment.config.load import load_recipe
+from alignment.config.model import ReferenceConfig
 from alignment.config.options import resolve, validate_options
-from alignment.config.schema import Recipe, ReferenceConfig, TaskConfig
+from alignment.config.schema import Recipe, TaskConfig
 from alignment.distributed import Distributed
+from alignment.modeling.heads import ScalarModel
+from alignment.modeling.load import load_causal_lm
 from alignment.modeling.policy import PolicyWithReference
+from alignment.modeling.reference import Fixed, FrozenCopy
 from alignment.rollout.engine import RolloutEngine
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
@@ -21,10 +28,12 @@ from alignment.trainers.sampling import sampling_params
 from alignment.trainers.setup import assemble, load_parts
 from alignment.types import (
     Completion,
+    PairBatch,
     Prompt,
     RewardedCompletion,
     Sample,
     SamplingParams,
+    SteppedSample,
     UserInputError,
 )
 
@@ -48,6 +57,11 @@ class EvalContext:
     sampling: SamplingParams
     seed: int
     score: Callable[[Sequence[Sample]], TokenScores]
+    reference_score: Callable[[Sequence[Sample]], TokenScores] | None
+    pairs: PairBatch | None
+    pair_scores: Callable[[PairBatch], tuple[list[float], list[float]]] | None
+    steps: Sequence[SteppedSample]
+    step_scores: Callable[[Sequence[SteppedSample]], list[list[float]]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,31 +100,120 @@ def eval_context(context: TrainingContext) -> EvalContext:
         sampling = SamplingParams(max_new_tokens=1)
     else:
         sampling = sampling_params(recipe.rollout, n=1, seed=recipe.run.seed, step=0)
-    budget = recipe.optim.micro_batch_tokens
+    scoring = _scoring_of_scalar(context) if _is_scalar(context) else _scoring_of_policy(context)
+    held_out = context.held_out
     return EvalContext(
-        engine=context.engine,
-        prompts=context.held_out_prompts,
-        samples=context.held_out_samples,
+        engine=context.sampler or _NoEngine(),
+        prompts=held_out.prompts,
+        samples=held_out.samples,
         grade=context.rewards.grade if context.rewards is not None else _no_rewards,
         sampling=sampling,
         seed=recipe.run.seed,
-        score=lambda samples: token_scores(context.policy, samples, budget),
+        pairs=held_out.pairs if len(held_out.pairs) else None,
+        steps=held_out.steps,
+        **scoring,
     )
 
 
 def token_scores(
-    policy: PolicyWithReference, samples: Sequence[Sample], token_budget: int
+    policy: PolicyWithReference,
+    samples: Sequence[Sample],
+    token_budget: int,
+    *,
+    of_reference: bool = False,
 ) -> TokenScores:
-    """Log-probabilities and greedy hits of given samples under the policy."""
+    """Log-probabilities and greedy hits of given samples under the policy, or its reference."""
     logprobs: list[list[float]] = [[] for _ in samples]
     greedy: list[list[bool]] = [[] for _ in samples]
-    for scores, batch in policy.score_all(samples, token_budget, greedy=True):
+    for scores, batch in policy.score_all(
+        samples, token_budget, of_reference=of_reference, greedy=True
+    ):
         assert scores.greedy is not None
         for row, i in enumerate(batch):
             length = len(samples[i].completion_ids)
             logprobs[i] = scores.logprobs[row, :length].tolist()
             greedy[i] = scores.greedy[row, :length].tolist()
     return TokenScores(logprobs, greedy)
+
+
+def _is_scalar(context: TrainingContext) -> bool:
+    return isinstance(context.trained.model, ScalarModel)
+
+
+def _scoring_of_policy(context: TrainingContext) -> dict[str, Any]:
+    policy, budget = context.policy, context.recipe.optim.micro_batch_tokens
+    # What a method that learns from pairs multiplies log-ratios by, to call them rewards.
+    beta = getattr(getattr(context.recipe.algorithm, "loss", None), "beta", 1.0)
+
+    def log_ratios(samples: Sequence[Sample]) -> list[float]:
+        own = policy.logprobs(samples, budget)
+        reference = policy.logprobs(samples, budget, of_reference=True)
+        return [beta * float((a - b).sum()) for a, b in zip(own, reference, strict=True)]
+
+    has_reference = policy.reference is not None
+    return {
+        "score": lambda samples: token_scores(policy, samples, budget),
+        "reference_score": (
+            (lambda samples: token_scores(policy, samples, budget, of_reference=True))
+            if has_reference
+            else None
+        ),
+        "pair_scores": _both_sides(log_ratios) if has_reference else None,
+        "step_scores": None,
+    }
+
+
+def _scoring_of_scalar(context: TrainingContext) -> dict[str, Any]:
+    model, budget = context.scalar_model, context.recipe.optim.micro_batch_tokens
+
+    def step_scores(stepped: Sequence[SteppedSample]) -> list[list[float]]:
+        samples = [one.sample for one in stepped]
+        rows = model.values(samples, budget, reads="after")
+        return [
+            row[torch.tensor(sample.loss_mask)].tolist()
+            for row, sample in zip(rows, samples, strict=True)
+        ]
+
+    return {
+        "score": _no_policy,
+        "reference_score": None,
+        "pair_scores": _both_sides(lambda samples: model.scores(samples, budget)),
+        "step_scores": step_scores,
+    }
+
+
+def _both_sides(
+    score: Callable[[Sequence[Sample]], list[float]],
+) -> Callable[[PairBatch], tuple[list[float], list[float]]]:
+    """Scores of both sides of each pair, which are scored next to each other: they share a
+    prompt."""
+
+    def score_pairs(pairs: PairBatch) -> tuple[list[float], list[float]]:
+        sides = zip(pairs.chosen, pairs.rejected, strict=True)
+        scores = score([sample for pair in sides for sample in pair])
+        return scores[::2], scores[1::2]
+
+    return score_pairs
+
+
+class _NoEngine:
+    """In place of an engine where there is no policy."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+        raise UserInputError(_NO_POLICY)
+
+    def weights_updated(self, version: int) -> None:
+        raise UserInputError(_NO_POLICY)
+
+
+_NO_POLICY = (
+    "the task samples or scores text, but this run trains a model with a scalar head, which does "
+    "neither; use a task that scores pairs or steps (preference, process)"
+)
+
+
+def _no_policy(_: Sequence[Sample]) -> TokenScores:
+    raise UserInputError(_NO_POLICY)
 
 
 def _no_rewards(_: Sequence[tuple[Prompt, Completion]]) -> list[RewardedCompletion]:
@@ -121,7 +224,12 @@ def _no_rewards(_: Sequence[tuple[Prompt, Completion]]) -> list[RewardedCompleti
 
 
 def evaluate_model(
-    recipe: Recipe, model_path: str, tasks: Sequence[TaskConfig], *, seed: int
+    recipe: Recipe,
+    model_path: str,
+    tasks: Sequence[TaskConfig],
+    *,
+    seed: int,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """Run tasks on any model, with a recipe's held-out data, rewards and sampling.
 
@@ -129,6 +237,7 @@ def evaluate_model(
         recipe: where data, rewards and sampling come from; its own model is replaced.
         model_path: catalogue name, directory or hub id.
         seed: of the samples; the same seed gives every model the same random numbers.
+        reference: model that the divergence of the policy is measured from; None for none.
 
     Returns:
         task name -> result.
@@ -137,14 +246,24 @@ def evaluate_model(
         update={"path": model_path, "lora": None, "reference": ReferenceConfig(mode="none")}
     )
     recipe = recipe.model_copy(update={"model": settings})
+    if getattr(recipe.algorithm, "critic", None) is not None:
+        without_critic = recipe.algorithm.model_copy(update={"critic": None})
+        recipe = recipe.model_copy(update={"algorithm": without_critic})
     events = EventLog(os.devnull)
-    context = assemble(load_parts(recipe), Distributed(), events)
-    view = replace(eval_context(context), seed=seed)
-    try:
-        return {task.name or task.type: make_task(task).run(view) for task in tasks}
-    finally:
-        if context.rewards is not None:
-            context.rewards.close()
+    loaded = load_parts(recipe)
+    with tempfile.TemporaryDirectory() as cache:
+        context = assemble(loaded, Distributed(), events, cache=Path(cache), for_training=False)
+        if reference is not None:
+            other = load_causal_lm(
+                reference, dtype=settings.dtype, attention=settings.attention
+            ).to(context.policy.device)
+            context.policy.reference = Fixed("frozen_copy", FrozenCopy(other))
+        view = replace(eval_context(context), seed=seed)
+        try:
+            return {task.name or task.type: make_task(task).run(view) for task in tasks}
+        finally:
+            if context.rewards is not None:
+                context.rewards.close()
 
 
 def evaluate_command(

@@ -10,8 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from alignment.config.methods.sections import OverlongConfig
 from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.scorer import completion_tensor
+from alignment.rewards.shaping import soft_overlong_penalty
 from alignment.types import Rollout, Sample, SamplingParams, StopReason
 
 
@@ -46,6 +48,31 @@ def training_samples(rollout: Rollout, *, mask_truncated: bool) -> list[Sample]:
         ids = item.completion.token_ids
         samples.append(Sample(item.prompt.token_ids, ids, (counts,) * len(ids)))
     return samples
+
+
+def shaped_rewards(
+    rollout: Rollout,
+    *,
+    max_new_tokens: int,
+    overlong: OverlongConfig | None = None,
+    cut_off_penalty: float | None = None,
+) -> Tensor:
+    """Rewards `[B]` after what the recipe does about long and cut-off completions.
+
+    NaN where a grader failed: such a row has no advantage and no loss.
+    """
+    rewards = []
+    for item in rollout.items:
+        reward = float("nan") if item.reward is None else item.reward
+        if overlong is not None:
+            reward += overlong.penalty * soft_overlong_penalty(
+                len(item.completion.token_ids), max_length=max_new_tokens, buffer=overlong.buffer
+            )
+        cut_off = item.completion.stop_reason is StopReason.LENGTH
+        if cut_off and cut_off_penalty is not None:
+            reward -= cut_off_penalty
+        rewards.append(reward)
+    return torch.tensor(rewards)
 
 
 def record_experience(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.config.algorithms import GRPOConfig
+from alignment.config.methods.grpo import GRPOConfig
 from alignment.losses import reduce_loss
 from alignment.modeling.scorer import Scores
 from alignment.rollout.collect import collect, has_spread
@@ -35,9 +35,11 @@ from alignment.trainers.experience import (
     minibatch_slices,
     pick,
     record_experience,
+    shaped_rewards,
     training_samples,
 )
-from alignment.trainers.group_relative import ADVANTAGES, POLICY_LOSSES, KLTerm, shaped_rewards
+from alignment.trainers.group_relative import ADVANTAGES, POLICY_LOSSES
+from alignment.trainers.kl import KLTerm
 from alignment.trainers.monitor import RolloutMonitor
 from alignment.trainers.sampling import sampling_params
 from alignment.trainers.update import Updater, record, record_masked, timed
@@ -52,7 +54,7 @@ class GRPOTrainer:
         assert isinstance(config, GRPOConfig)
         if context.rewards is None:
             raise UserInputError("rewards: GRPO learns from rewards; list at least one")
-        if not context.prompts:
+        if not context.train.prompts:
             raise UserInputError("data: there is no prompt to train on")
         assert context.recipe.rollout is not None
         self.config = config
@@ -62,7 +64,11 @@ class GRPOTrainer:
         self.policy = context.policy
         self.distributed = context.distributed
         self.total_steps = config.steps
-        self.kl = KLTerm(config, has_reference=context.policy.reference is not None)
+        self.kl = KLTerm(
+            config.kl,
+            samples_per_step=config.completions_per_step,
+            has_reference=context.policy.reference is not None,
+        )
         self.update = Updater(context, total_steps=config.steps)
         self.monitor = RolloutMonitor(context)
 
@@ -73,7 +79,12 @@ class GRPOTrainer:
         parts = self.parts(rollout)
         with timed(metrics, "record"):
             experience = self.record(rollout, parts)
-        rewards = shaped_rewards(rollout, self.config, self.sampling(step).max_new_tokens)
+        rewards = shaped_rewards(
+            rollout,
+            max_new_tokens=self.rollout_config.max_new_tokens,
+            overlong=self.config.overlong,
+            cut_off_penalty=self.config.truncation_penalty,
+        )
         self.monitor.rewards(rollout, rewards, metrics)
         rewards = rewards - self.kl.penalty(experience)
         advantages = self.advantages(rewards, rollout.group_size)
@@ -107,7 +118,7 @@ class GRPOTrainer:
     def draw(self, n_prompts: int) -> list[Prompt]:
         """This rank's share of the next `n_prompts` prompts of all ranks."""
         mine = self.distributed.deal(self.context.order.take(n_prompts))
-        return [replace(self.context.prompts[row], index=index) for index, row in mine]
+        return [replace(self.context.train.prompts[row], index=index) for index, row in mine]
 
     def record(self, rollout: Rollout, parts: Sequence[slice]) -> Experience:
         """The rollout as samples, with old and reference log-probabilities."""

@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 
+from alignment.config.methods.base import needs_of
+from alignment.modeling.policy import PolicyWithReference
+from alignment.modeling.reference import Reference, trainable
 from alignment.rollout.sampling import row_key
 from alignment.runs.checkpoint import save_checkpoint
 from alignment.runs.directory import RunDirectory
+from alignment.runs.made import MadeData
 from alignment.runs.metrics import MetricSums, MetricsWriter
 from alignment.runs.progress import Progress, show_samples
 from alignment.runs.samples import SampleRecorder
-from alignment.trainers.context import StepResult, Trainer, TrainingContext
+from alignment.trainers.context import StepResult, Trained, Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
 from alignment.types import AlignmentError, Rollout
 
@@ -30,6 +34,8 @@ SHOWN = {
     "outcome/correct": "correct",
     "sft/nll": "nll",
     "sft/token_accuracy": "token accuracy",
+    "pairs/reward/accuracy": "pair accuracy",
+    "reward_model/accuracy": "pair accuracy",
     "kl/mean": "kl",
     "completion/length": "length",
     "optim/grad_norm": "grad norm",
@@ -83,6 +89,7 @@ class Loop:
                 result = trainer.step(step)
                 metrics = self._measure(result, began)
                 self._record(step, result)
+                self._keep_rows(step, result)
                 if self._is_due(step, recipe.eval.every, total):
                     metrics |= self.evaluator.run(step)
                 self._write(writer, step, metrics)
@@ -139,6 +146,15 @@ class Loop:
         if step == 1:
             show_samples(rollout, 3)
 
+    def _keep_rows(self, step: int, result: StepResult) -> None:
+        """All ranks' rows of the data set that the run makes, in the order of their prompts."""
+        if needs_of(self.context.recipe.algorithm).makes != "data":
+            return
+        rows = self.context.distributed.gather(list(result.rows))
+        if self.context.distributed.is_main:
+            rows.sort(key=lambda row: row[0])
+            MadeData(self.directory.made_dir).write(step, [row for _, row in rows])
+
     def _write(self, writer: MetricsWriter, step: int, metrics: Mapping[str, float]) -> None:
         if self.context.distributed.is_main:
             writer.write(step, metrics)
@@ -166,12 +182,11 @@ class Loop:
 
 def training_state(trainer: Trainer, context: TrainingContext, step: int) -> dict[str, Any]:
     """Everything a resumed run needs, as one tree."""
-    policy = context.policy
+    reference = _reference(context)
     return {
         "step": step,
-        "policy": {n: p.detach() for n, p in policy.model.named_parameters() if p.requires_grad},
-        "reference": policy.reference.state_dict() if policy.reference else {},
-        "optimizer": context.optimizer.state_dict(),
+        **{name: _trained_state(trained) for name, trained in _all_trained(context).items()},
+        "reference": reference.state_dict() if reference else {},
         "trainer": trainer.state_dict(),
     }
 
@@ -186,18 +201,46 @@ def restore_state(trainer: Trainer, context: TrainingContext, state: Mapping[str
     Raises:
         AlignmentError: the checkpoint is of other parameters.
     """
-    parameters = {n: p for n, p in context.policy.model.named_parameters() if p.requires_grad}
-    if set(state["policy"]) != set(parameters):
-        differing = sorted(set(state["policy"]) ^ set(parameters))[:3]
-        raise AlignmentError(f"the checkpoint is of another policy: {differing} differ")
-    for name, parameter in parameters.items():
-        parameter.copy_(state["policy"][name])
-    if context.policy.reference is not None:
-        context.policy.reference.load_state_dict(state["reference"])
-    context.optimizer.load_state_dict(state["optimizer"])
+    expected = {"step", "reference", "trainer", *_all_trained(context)}
+    if set(state) != expected:
+        raise AlignmentError(f"the checkpoint is of another method: it holds {sorted(state)}")
+    for name, trained in _all_trained(context).items():
+        _restore_trained(name, trained, state[name])
+    reference = _reference(context)
+    if reference is not None:
+        reference.load_state_dict(state["reference"])
     trainer.load_state_dict(state["trainer"])
     step: int = state["step"]
     return step
+
+
+def _all_trained(context: TrainingContext) -> dict[str, Trained]:
+    named = {"model": context.trained, "critic": context.critic}
+    return {name: it for name, it in named.items() if it is not None and it.optimizer is not None}
+
+
+def _reference(context: TrainingContext) -> Reference | None:
+    model = context.trained.model
+    return model.reference if isinstance(model, PolicyWithReference) else None
+
+
+def _trained_state(trained: Trained) -> dict[str, Any]:
+    assert trained.optimizer is not None
+    return {
+        "weights": {n: p.detach() for n, p in trainable(trained.model).items()},
+        "optimizer": trained.optimizer.state_dict(),
+    }
+
+
+def _restore_trained(name: str, trained: Trained, state: Mapping[str, Any]) -> None:
+    assert trained.optimizer is not None
+    parameters = trainable(trained.model)
+    if set(state["weights"]) != set(parameters):
+        differing = sorted(set(state["weights"]) ^ set(parameters))[:3]
+        raise AlignmentError(f"the checkpoint is of another {name}: {differing} differ")
+    for key, parameter in parameters.items():
+        parameter.copy_(state["weights"][key])
+    trained.optimizer.load_state_dict(state["optimizer"])
 
 
 @contextmanager

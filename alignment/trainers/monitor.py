@@ -20,9 +20,15 @@ _GAP_PATIENCE = 3
 
 
 class RolloutMonitor:
-    """Metrics and limits of an RL trainer's rollouts."""
+    """Metrics and limits of an RL trainer's rollouts.
 
-    def __init__(self, context: TrainingContext) -> None:
+    Args:
+        compares_groups: whether the method learns from differences inside a prompt's group, so that
+            without any there is nothing to learn; else from differences within the step.
+    """
+
+    def __init__(self, context: TrainingContext, *, compares_groups: bool = True) -> None:
+        self._compares_groups = compares_groups
         self._limits = context.recipe.limits
         self._events = context.events
         self._distributed = context.distributed
@@ -40,8 +46,11 @@ class RolloutMonitor:
         group_size = collected.rollout.group_size
         groups = [items[i : i + group_size] for i in range(0, len(items), group_size)]
         n_spread = sum(has_spread(group) for group in groups)
+        rewards = {item.reward for item in items if item.reward is not None}
+        everyones = set(self._distributed.gather(sorted(rewards)))
         n_cut_off = sum(i.completion.stop_reason is StopReason.LENGTH for i in items)
-        metrics.add("groups/with_spread", n_spread, len(groups))
+        if self._compares_groups:
+            metrics.add("groups/with_spread", n_spread, len(groups))
         metrics.add("rollout/rounds", collected.n_rounds)
         metrics.add("completion/length", _total_length(items), len(items))
         metrics.add("completion/cut_off", n_cut_off, len(items))
@@ -58,9 +67,8 @@ class RolloutMonitor:
                 f"all {total:.0f} completions were cut off at the limit; raise "
                 "rollout.max_new_tokens, or fine-tune the model to end its answers"
             )
-        if not spread:
-            rewards = {item.reward for item in items if item.reward is not None}
-            self._reasons.append(_no_spread(set(self._distributed.gather(sorted(rewards)))))
+        if not spread and (self._compares_groups or len(everyones) == 1):
+            self._reasons.append(_no_spread(everyones))
         failed = self._distributed.gather([item for item in items if item.reward is None])
         check_unscorable(failed, self._limits.unscorable, among=int(total))
 
@@ -70,6 +78,8 @@ class RolloutMonitor:
         if not len(scored):
             return
         metrics.add("reward/mean", float(scored.sum()), len(scored))
+        if not self._compares_groups:
+            return
         groups = rewards.reshape(-1, rollout.group_size)
         spread = torch.stack([_population_std(group) for group in groups])
         metrics.add("reward/std_in_group", float(spread.sum()), len(spread))

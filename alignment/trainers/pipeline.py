@@ -11,24 +11,32 @@ from rich.console import Console
 
 from alignment import registry
 from alignment.config.load import dump_recipe, load_stage
-from alignment.config.pipeline import CompareConfig, PipelineRecipe
+from alignment.config.methods.base import needs_of
+from alignment.config.pipeline import (
+    BASE,
+    CompareConfig,
+    PipelineRecipe,
+    compared_models,
+    makes_policy,
+    resolve_references,
+)
 from alignment.config.schema import Recipe
+from alignment.distributed import Distributed
 from alignment.runs.directory import RunDirectory
 from alignment.runs.files import write_atomic
+from alignment.runs.inputs import find_parents, refuse_changed_inputs
 from alignment.runs.lineage import run_info
 from alignment.runs.metrics import MetricsWriter
+from alignment.runs.outputs import output_hash, output_paths, read_finished, write_finished
 from alignment.trainers.evaluation import evaluate_model
 from alignment.trainers.loop import Stopped
-from alignment.trainers.run import (
-    FINISHED,
-    check_expectations,
-    check_resumable,
-    train,
-    write_report,
-)
+from alignment.trainers.run import check_expectations, check_resumable, train, write_report
 
 COMPARISON = "comparison.txt"
 """The tables that a pipeline ends by printing, for people."""
+
+Outputs = dict[str, dict[str, str]]
+"""stage -> output -> path, of what stages have made."""
 
 
 def run_pipeline(
@@ -36,44 +44,62 @@ def run_pipeline(
 ) -> RunDirectory:
     """Run the stages that are not finished yet, compare the models, write the report.
 
+    A stage that is finished, or on its way, stands as long as what it started from is what the
+    earlier stages hold now. The comparison is made again when one of its models has changed.
+
     Raises:
-        UserInputError: a stage's recipe, data or model is not usable.
+        UserInputError: a stage's recipe, data or model is not usable, or a stage's inputs have
+            changed since it started.
         AlignmentError: a stage stopped, or expectations were not met.
     """
     directory = _open(pipeline, resume, command)
-    outputs: dict[str, dict[str, str]] = {}
+    outputs: Outputs = {}
     recipes: dict[str, Recipe] = {}
     for stage in pipeline.stages:
         Console().rule(f"stage {stage.name}")
         recipe = load_stage(pipeline, stage.name, outputs)
-        parents = [output["run"] for output in outputs.values()]
         try:
-            run = train(recipe, resume="auto", command=command, parents=parents)
+            run = _run_stage(recipe, command)
         except Stopped as stopped:
             progress = f"{stopped.progress} of stage {stage.name}"
             raise Stopped(progress, directory.recipe) from stopped
-        outputs[stage.name] = {"model": str(run.model_dir), "run": str(run.path)}
+        outputs[stage.name] = stage_outputs(run.path)
         recipes[stage.name] = recipe
         gc.collect()
-    if not (directory.path / FINISHED).is_file():
-        if pipeline.compare is not None:
-            _compare(directory, pipeline.compare, recipes, outputs)
-        write_atomic(directory.path / FINISHED, "{}\n")
+    distributed = Distributed()
+    if distributed.is_main:
+        _compare_if_needed(directory, pipeline, recipes, outputs)
+    distributed.barrier()
     table = directory.path / COMPARISON
     if table.is_file():
         text = table.read_text(encoding="utf-8")
         Console().print(text, markup=False, highlight=False, soft_wrap=True)
-    write_report(directory)
+    if distributed.is_main:
+        write_report(directory)
     check_expectations(directory)
     return directory
 
 
+def stage_outputs(run: Path) -> dict[str, str]:
+    """Where the outputs of a finished stage are, of those that it made: output -> path."""
+    made = {output: str(path) for output, path in output_paths(run).items() if path.exists()}
+    return {"run": str(run), **made}
+
+
 def _open(pipeline: PipelineRecipe, resume: str, command: Sequence[str]) -> RunDirectory:
+    """Rank 0 creates the folder; the others use it."""
     path = Path(pipeline.run.dir) / pipeline.run.name
     recipe_yaml = dump_recipe(pipeline)
-    if path.exists():
+    distributed = Distributed()
+    if distributed.broadcast(path.exists()):
         check_resumable(path, recipe_yaml, resume)
-        return RunDirectory.open(path)
+    elif distributed.is_main:
+        _create(pipeline, recipe_yaml, command)
+    distributed.barrier()
+    return RunDirectory.open(path)
+
+
+def _create(pipeline: PipelineRecipe, recipe_yaml: str, command: Sequence[str]) -> None:
     info = run_info(
         recipe=recipe_yaml,
         command=command,
@@ -83,42 +109,100 @@ def _open(pipeline: PipelineRecipe, resume: str, command: Sequence[str]) -> RunD
         template_hash=None,
         data_hash=None,
     )
-    return RunDirectory.create(
-        pipeline.run.dir, pipeline.run.name, recipe_yaml=recipe_yaml, info=info
+    RunDirectory.create(pipeline.run.dir, pipeline.run.name, recipe_yaml=recipe_yaml, info=info)
+
+
+def _run_stage(recipe: Recipe, command: Sequence[str]) -> RunDirectory:
+    """Train a stage, unless it is finished and still belongs to what earlier stages hold."""
+    path = Path(recipe.run.dir) / recipe.run.name
+    name = f"stage {recipe.run.name!r}"
+    parents = find_parents(recipe)
+    if path.is_dir() and not refuse_changed_inputs(path, name) and parents:
+        Console().print(
+            f"{name} did not record its inputs (an older version made it); it is taken as it is",
+            markup=False,
+            soft_wrap=True,
+        )
+    run = train(
+        recipe,
+        resume="auto",
+        command=command,
+        parents=list(dict.fromkeys(parent.run for parent in parents)),
     )
+    # The other ranks come back before rank 0 has saved what the next stage reads.
+    Distributed().barrier()
+    return run
+
+
+def _compare_if_needed(
+    directory: RunDirectory,
+    pipeline: PipelineRecipe,
+    recipes: Mapping[str, Recipe],
+    outputs: Outputs,
+) -> None:
+    """Compare, unless that was done with the models as they are."""
+    models = {} if pipeline.compare is None else _models(pipeline, recipes, outputs)
+    hashes = {
+        name: output_hash(Path(outputs[name]["run"]), "model") if name in outputs else None
+        for name in models
+    }
+    finished = read_finished(directory.path)
+    if finished is not None and finished.compared in (None, hashes):
+        return
+    if finished is not None:
+        Console().print("a model has changed since it was compared: comparing again")
+    if pipeline.compare is not None:
+        _compare(directory, pipeline.compare, _task_recipe(recipes), models, outputs)
+    write_finished(directory.path, compared=hashes)
+
+
+def _models(
+    pipeline: PipelineRecipe, recipes: Mapping[str, Recipe], outputs: Outputs
+) -> dict[str, str]:
+    """What to compare: name -> path of a model."""
+    base = next(iter(recipes.values())).model.path
+    return {
+        name: base if name == BASE else outputs[name]["model"]
+        for name in compared_models(pipeline, recipes)
+    }
+
+
+def _task_recipe(recipes: Mapping[str, Recipe]) -> Recipe:
+    """Where held-out data, rewards and sampling come from: the last stage with a policy that has
+    rewards, or the last that trains a policy where none has."""
+    latest_first = list(recipes.values())[::-1]
+    with_policy = [r for r in latest_first if needs_of(r.algorithm).model == "policy"]
+    with_rewards = [recipe for recipe in with_policy if recipe.rewards]
+    return [*with_rewards, *filter(makes_policy, with_policy)][0]
 
 
 def _compare(
     directory: RunDirectory,
     config: CompareConfig,
-    recipes: Mapping[str, Recipe],
-    outputs: Mapping[str, Mapping[str, str]],
+    recipe: Recipe,
+    models: Mapping[str, str],
+    outputs: Outputs,
 ) -> None:
-    """Evaluate the model the first stage started from and each stage's, with the same seeds.
-
-    Held-out data, rewards and sampling are those of the last stage that has rewards, or of the
-    last stage where none has.
-    """
-    latest_first = list(recipes.values())[::-1]
-    recipe = next((recipe for recipe in latest_first if recipe.rewards), latest_first[0])
-    models = {"base": next(iter(recipes.values())).model.path}
-    models |= {name: output["model"] for name, output in outputs.items()}
+    """Evaluate each model with the same seeds, and write the tables."""
+    reference = resolve_references(config.reference, outputs)
     results: dict[str, Mapping[str, Any]] = {}
     for name, path in models.items():
         Console().print(f"evaluating {name}", highlight=False)
-        results[name] = evaluate_model(recipe, path, config.tasks, seed=config.seed)
+        results[name] = evaluate_model(
+            recipe, path, config.tasks, seed=config.seed, reference=reference
+        )
         gc.collect()
-    for leftover in directory.path.glob("comparison*.json"):  # of a comparison that was cut short
+    for leftover in directory.path.glob("comparison*.json"):  # of an earlier comparison
         leftover.unlink()
     metrics: dict[str, float] = {}
     tables: list[str] = []
-    for task in results["base"]:
+    for task in next(iter(results.values())):
         per_model = {name: result[task] for name, result in results.items()}
         tables.append(registry.get("report", "comparison")(per_model, directory.path, task))
         for name, result in per_model.items():
             metrics |= {f"{task}/{name}/{key}": v for key, v in result.metrics.items()}
     writer = MetricsWriter(directory.metrics)
-    writer.truncate_after(0)
-    if writer.last_step is None:
-        writer.write(0, metrics)
+    writer.truncate_after(-1)
+    writer.write(0, metrics)
+    writer.close()
     write_atomic(directory.path / COMPARISON, "\n\n".join(tables) + "\n")

@@ -15,15 +15,19 @@ from safetensors import SafetensorError
 
 from alignment import registry
 from alignment.config.load import dump_recipe
+from alignment.config.methods.base import needs_of
 from alignment.config.schema import Recipe
 from alignment.distributed import Distributed
 from alignment.modeling.export import save_policy
+from alignment.modeling.heads import ScalarModel
+from alignment.modeling.scalar import save_scalar_model
 from alignment.runs.checkpoint import latest_checkpoint, load_checkpoint
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.runs.expect import verify_run
 from alignment.runs.files import readable_errors, write_atomic
 from alignment.runs.lineage import run_info
+from alignment.runs.made import MadeData
 from alignment.runs.metrics import read_metrics
 from alignment.runs.rewind import rewind
 from alignment.trainers.context import Trainer, TrainingContext
@@ -67,7 +71,7 @@ def train(
     own_log = directory.path / f"events-rank{distributed.rank}.jsonl"
     events = EventLog(directory.events if distributed.is_main else own_log)
     try:
-        context = assemble(loaded, distributed, events)
+        context = assemble(loaded, distributed, events, cache=directory.cache_dir)
         trainer: Trainer = registry.get("trainer", algorithm_type(recipe))(context)
         start = _resume(directory, trainer, context, resume) if exists else 0
         context.events.write("start", f"training from step {start}", step=start)
@@ -168,17 +172,25 @@ def _finish(directory: RunDirectory, context: TrainingContext, steps: int) -> No
     """Save the model, check expectations, write the report."""
     if not context.distributed.is_main:
         return
-    _save_model(directory, context)
-    context.events.write("end", f"finished after {steps} steps")
+    if needs_of(context.recipe.algorithm).trains:
+        _save_model(directory, context)
+        made = "the model"
+    else:
+        made = f"{MadeData(directory.made_dir).join(directory.data)} rows in {directory.data.name}"
+    context.events.write("end", f"finished after {steps} steps: {made}")
     write_atomic(directory.path / FINISHED, json.dumps({"steps": steps}) + "\n")
     write_report(directory)
     check_expectations(directory)
 
 
 def _save_model(directory: RunDirectory, context: TrainingContext) -> None:
+    model = context.trained.model
     with readable_errors("save the model to", directory.model_dir):
         try:
-            save_policy(context.policy.model, context.tokenizer, directory.model_dir)
+            if isinstance(model, ScalarModel):
+                save_scalar_model(model, context.tokenizer, directory.model_dir)
+            else:
+                save_policy(model.model, context.tokenizer, directory.model_dir)
         except SafetensorError as error:  # how safetensors says that the disk is full
             raise AlignmentError(
                 f"cannot save the model to {directory.model_dir}: {error}; make room and give the "

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignment import registry
-from alignment.config.algorithms import GRPOConfig, SFTConfig
+from alignment.config.methods.base import needs_of
+from alignment.config.methods.ppo import CriticConfig
+from alignment.config.model import LoraConfig, ModelConfig
 from alignment.config.options import resolve, validate_options
-from alignment.config.schema import DataConfig, ModelConfig, Recipe, RolloutConfig
-from alignment.data.chat import check_stop_token_trained, stop_token_ids
+from alignment.config.schema import DataConfig, Recipe, RolloutConfig
+from alignment.data.chat import stop_token_ids
 from alignment.data.order import DataOrder, split_held_out
-from alignment.data.prompts import build_prompts
-from alignment.data.report import DataReport
-from alignment.data.samples import build_samples
 from alignment.distributed import Distributed
+from alignment.modeling.heads import ScalarHead, ScalarModel
 from alignment.modeling.load import (
+    DTYPES,
     LoraOptions,
     load_causal_lm,
     load_tokenizer,
@@ -30,22 +32,18 @@ from alignment.modeling.load import (
 from alignment.modeling.optimizer import AdamWOptions, MasterWeightOptimizer
 from alignment.modeling.policy import PolicyWithReference, disable_dropout
 from alignment.modeling.reference import make_reference, trainable
+from alignment.modeling.scalar import load_scalar_model
 from alignment.rewards.compose import CompositeReward, RewardSpec, build_rewards
 from alignment.rollout.engine import RolloutEngine
 from alignment.runs.events import EventLog
-from alignment.runs.lineage import data_hash
-from alignment.trainers.context import TrainingContext
-from alignment.types import Prompt, Sample, UserInputError
+from alignment.runs.lineage import data_hash, text_hash
+from alignment.trainers.context import TokenizedData, Trained, TrainingContext
+from alignment.trainers.tokenized import TokenizedForms, n_rows
 
 # The held-out split does not depend on the run's seed: runs whose recipes describe the same rows
 # and the same `held_out` are compared on the same problems, and a later stage never evaluates on
 # what an earlier one saw. Another size or `held_out` is another split.
 _SPLIT_SEED = 0
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# How a recipe names what is learned of a conversation, and how the data layer does.
-_LOSS_ON = {"assistant": "assistant", "completion": "last_assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +57,16 @@ class Fingerprints:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedData:
-    """Training and held-out data in the form the method needs."""
-
-    prompts: Sequence[Prompt] = ()
-    samples: Sequence[Sample] = ()
-    held_out_prompts: Sequence[Prompt] = ()
-    held_out_samples: Sequence[Sample] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
     """What a recipe names, in memory; `warnings` are what was noticed on the way."""
 
     recipe: Recipe
     tokenizer: Any
     model: Any
+    critic: ScalarModel | None
     rewards: CompositeReward | None
-    data: TokenizedData
+    train: TokenizedData
+    held_out: TokenizedData
     fingerprints: Fingerprints
     warnings: Sequence[str]
 
@@ -91,51 +81,84 @@ def load_parts(recipe: Recipe) -> Loaded:
     train_rows, held_out_rows = load_rows(recipe.data)
     rewards = make_rewards(recipe)
     tokenizer = load_policy_tokenizer(recipe.model)
-    model: Any = load_policy(recipe)
-    data = _tokenize(recipe, train_rows, held_out_rows, tokenizer, model, warnings)
+    if rewards is not None:
+        rewards.bind(tokenizer)
+    model = load_model(recipe)
+    backbone = getattr(model, "backbone", None)
+    config = backbone.config if backbone is not None else model.config.get_text_config()
+    forms = TokenizedForms(
+        recipe,
+        tokenizer,
+        context_length=getattr(config, "max_position_embeddings", None),
+        generation_config=getattr(model, "generation_config", None),
+    )
+    train = forms.training(train_rows, warnings)
     fingerprints = Fingerprints(
         model=model_hash(model),
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
         data=data_hash([*train_rows, *held_out_rows]),
     )
-    return Loaded(recipe, tokenizer, model, rewards, data, fingerprints, warnings)
+    return Loaded(
+        recipe=recipe,
+        tokenizer=tokenizer,
+        model=model,
+        critic=load_critic(recipe),
+        rewards=rewards,
+        train=train,
+        held_out=forms.held_out(held_out_rows),
+        fingerprints=fingerprints,
+        warnings=warnings,
+    )
 
 
-def assemble(loaded: Loaded, distributed: Distributed, events: EventLog) -> TrainingContext:
-    """Put loaded parts together; what was noticed while loading goes into the event log."""
-    recipe, data = loaded.recipe, loaded.data
+def assemble(
+    loaded: Loaded,
+    distributed: Distributed,
+    events: EventLog,
+    *,
+    cache: Path,
+    for_training: bool = True,
+) -> TrainingContext:
+    """Put loaded parts together; what was noticed while loading goes into the event log.
+
+    Args:
+        cache: folder for what can be computed again.
+        for_training: without it there is no optimizer, and none of its memory.
+    """
+    recipe = loaded.recipe
     model = loaded.model.to(distributed.device)
-    policy = make_policy(recipe, model)
+    trained: PolicyWithReference | ScalarModel = (
+        model if isinstance(model, ScalarModel) else make_policy(recipe, model)
+    )
     for warning in loaded.warnings:
         events.write("warning", warning)
-    if policy.backbone.plain_reason is not None:
-        reason = policy.backbone.plain_reason
+    if trained.backbone.plain_reason is not None:
+        reason = trained.backbone.plain_reason
         events.write("warning", f"padded rows without shared prompts are used: {reason}")
-    optim = recipe.optim
-    optimizer = MasterWeightOptimizer(
-        trainable(model),
-        AdamWOptions(optim.lr, optim.betas, optim.eps, optim.weight_decay),
-        master_dtype=_DTYPES.get(recipe.model.master_dtype),
-    )
+    trains = for_training and needs_of(recipe.algorithm).trains
+    critic = None if loaded.critic is None else loaded.critic.to(distributed.device)
+    prints = loaded.fingerprints
     return TrainingContext(
         recipe=recipe,
         distributed=distributed,
         events=events,
         tokenizer=loaded.tokenizer,
-        policy=policy,
-        optimizer=optimizer,
-        engine=make_engine(recipe.rollout, model, loaded.tokenizer),
+        trained=Trained(trained, make_optimizer(recipe, trained) if trains else None),
+        critic=None if critic is None else Trained(critic, make_optimizer(recipe, critic)),
+        sampler=None
+        if isinstance(model, ScalarModel)
+        else make_engine(recipe.rollout, model, loaded.tokenizer),
         rewards=loaded.rewards,
-        prompts=data.prompts,
-        samples=data.samples,
-        held_out_prompts=data.held_out_prompts,
-        held_out_samples=data.held_out_samples,
+        train=loaded.train,
+        held_out=loaded.held_out,
         order=DataOrder(
-            len(data.prompts) or len(data.samples),
-            seed=recipe.run.seed,
-            shuffle=recipe.data.shuffle,
+            n_rows(loaded.train, recipe), seed=recipe.run.seed, shuffle=recipe.data.shuffle
         ),
+        fingerprint=text_hash(
+            " ".join([prints.model, prints.tokenizer, prints.template, prints.data])
+        ),
+        cache=cache,
     )
 
 
@@ -165,42 +188,96 @@ def load_policy_tokenizer(config: ModelConfig) -> Any:
     )
 
 
-def load_policy(recipe: Recipe) -> Any:
-    """The model to train, its adapter on it, dropout off for RL."""
+def load_model(recipe: Recipe) -> Any:
+    """What the recipe's model section names, its adapter on it: a causal language model, or a
+    `ScalarModel`. Dropout is off where the method learns by probability ratios."""
     config = recipe.model
-    lora = config.lora
-    model: Any = load_causal_lm(
-        config.path,
-        dtype=config.dtype,
-        attention=config.attention,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-        seed=recipe.run.seed,
-        lora=None
-        if lora is None
-        else LoraOptions(lora.rank, lora.alpha, lora.dropout, lora.target_modules),
-    )
-    if isinstance(recipe.algorithm, GRPOConfig):
+    needs = needs_of(recipe.algorithm)
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "attention": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+        "revision": config.revision,
+        "seed": recipe.run.seed,
+        "lora": _lora(config.lora),
+    }
+    model: Any
+    if needs.model == "scalar":
+        router_loss = config.router_aux_coef > 0
+        model = load_scalar_model(config.path, **options, router_loss=router_loss)
+    else:
+        model = load_causal_lm(config.path, **options)
+    if not needs.dropout:
         disable_dropout(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder: Any = model.decoder if isinstance(model, ScalarModel) else model
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
+def load_critic(recipe: Recipe) -> ScalarModel | None:
+    """PPO's critic, where the recipe asks for one of its own; it starts from a reward model, or
+    from the policy's model with a head of zeros."""
+    critic: CriticConfig | None = getattr(recipe.algorithm, "critic", None)
+    if critic is None or critic.kind != "separate":
+        return None
+    config = recipe.model
+    model = load_scalar_model(
+        critic.path or config.path,
+        dtype=config.dtype,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+        revision=None if critic.path else config.revision,
+        lora=_lora(critic.lora),
+        seed=recipe.run.seed,
+        initial="zero",
+    )
+    disable_dropout(model)
+    return model
+
+
+def make_optimizer(
+    recipe: Recipe, trained: PolicyWithReference | ScalarModel
+) -> MasterWeightOptimizer:
+    """AdamW on all that the model trains, its head included."""
+    optim = recipe.optim
+    assert optim.lr is not None  # a recipe whose method trains has one
+    return MasterWeightOptimizer(
+        trainable(trained),
+        AdamWOptions(optim.lr, optim.betas, optim.eps, optim.weight_decay),
+        master_dtype=DTYPES.get(recipe.model.master_dtype),
+    )
+
+
 def make_policy(recipe: Recipe, model: Any) -> PolicyWithReference:
+    """The policy with its reference, and with a value head where PPO's critic shares its trunk."""
     reference = recipe.model.reference
+    critic: CriticConfig | None = getattr(recipe.algorithm, "critic", None)
+    value_head = None
+    if critic is not None and critic.kind == "shared":
+        hidden_size = model.config.get_text_config().hidden_size
+        parameter = next(model.parameters())
+        value_head = ScalarHead(hidden_size, dtype=parameter.dtype, device=parameter.device)
+        torch.nn.init.zeros_(value_head.weight)
     return PolicyWithReference(
         model,
         make_reference(
             model,
             reference.mode,
-            dtype=_DTYPES.get(reference.dtype or ""),
+            dtype=DTYPES.get(reference.dtype or ""),
             device=reference.device,
             every=reference.every,
             mix=reference.mix,
         ),
+        value_head=value_head,
         router_loss=recipe.model.router_aux_coef > 0,
     )
+
+
+def _lora(config: LoraConfig | None) -> LoraOptions | None:
+    if config is None:
+        return None
+    return LoraOptions(config.rank, config.alpha, config.dropout, config.target_modules)
 
 
 def make_engine(config: RolloutConfig | None, model: Any, tokenizer: Any) -> RolloutEngine:
@@ -215,76 +292,3 @@ def make_engine(config: RolloutConfig | None, model: Any, tokenizer: Any) -> Rol
         model, tokenizer, **{key: value for key, value in options.items() if key in known}
     )
     return engine
-
-
-def _tokenize(
-    recipe: Recipe,
-    train_rows: Sequence[Mapping[str, Any]],
-    held_out_rows: Sequence[Mapping[str, Any]],
-    tokenizer: Any,
-    model: Any,
-    warnings: list[str],
-) -> TokenizedData:
-    """Rows as what the method trains on; what is dropped is a warning."""
-    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(recipe.algorithm, SFTConfig):
-        stop_ids = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
-        check_stop_token_trained(tokenizer, stop_ids)
-        options: dict[str, Any] = {
-            "loss_on": _LOSS_ON[recipe.algorithm.loss_on],
-            "system": recipe.data.system,
-            "max_tokens": context_length,
-        }
-        samples = _reported(build_samples(train_rows, tokenizer, **options), "training", warnings)
-        held_out = build_samples(held_out_rows, tokenizer, **options)[0] if held_out_rows else ()
-        held_out_prompts = _if_they_fit(
-            build_prompts, held_out_rows, tokenizer, system=recipe.data.system
-        )
-        return TokenizedData((), samples, held_out_prompts, held_out)
-    options = {
-        "system": recipe.data.system,
-        "max_prompt_tokens": _prompt_limit(recipe, context_length),
-    }
-    prompts = _reported(build_prompts(train_rows, tokenizer, **options), "training", warnings)
-    held_out_prompts = (
-        build_prompts(held_out_rows, tokenizer, **options)[0] if held_out_rows else ()
-    )
-    held_out_samples = _if_they_fit(
-        build_samples,
-        held_out_rows,
-        tokenizer,
-        system=recipe.data.system,
-        max_tokens=context_length,
-    )
-    return TokenizedData(prompts, (), held_out_prompts, held_out_samples)
-
-
-def _if_they_fit(
-    build: Callable[..., tuple[Sequence[Any], DataReport]],
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: Any,
-    **options: Any,
-) -> Sequence[Any]:
-    """Held-out rows in the form that only evaluation uses; empty where the rows have no such form.
-
-    So any task runs on any run whose data has what it needs, whatever the method.
-    """
-    try:
-        return build(rows, tokenizer, **options)[0]
-    except UserInputError:
-        return ()
-
-
-def _prompt_limit(recipe: Recipe, context_length: int | None) -> int | None:
-    """Longest prompt that leaves room for one token, or the recipe's own limit if it is lower."""
-    limits = [recipe.data.max_prompt_tokens, context_length - 1 if context_length else None]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _reported(built: tuple[Sequence[Any], DataReport], what: str, warnings: list[str]) -> Any:
-    items, report = built
-    if report.n_dropped or report.truncated:
-        warnings.append(f"{what} data: {report.summary()}")
-    if not items:
-        raise UserInputError(f"{what} data: no row is left; {report.summary()}")
-    return items

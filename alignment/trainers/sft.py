@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alignment.config.algorithms import SFTConfig
+from alignment.config.methods.sft import SFTConfig
 from alignment.losses import reduce_loss, sft_loss
 from alignment.modeling.scorer import Scores
 from alignment.runs.metrics import MetricSums
@@ -23,14 +23,14 @@ class SFTTrainer:
     def __init__(self, context: TrainingContext) -> None:
         config = context.recipe.algorithm
         assert isinstance(config, SFTConfig)
-        if not context.samples:
+        if not context.train.samples:
             raise UserInputError("data: there is no sample to fine-tune on; SFT needs completions")
         self.config = config
-        self.samples = context.samples
+        self.samples = context.train.samples
         self.order = context.order
         self.distributed = context.distributed
         self.total_steps = config.steps or math.ceil(
-            (config.epochs or 1) * len(context.samples) / config.samples_per_step
+            (config.epochs or 1) * len(context.train.samples) / config.samples_per_step
         )
         self.update = Updater(context, total_steps=self.total_steps)
 

@@ -6,34 +6,54 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignment.losses.types import Max, Mean, Metric
 from alignment.modeling.optimizer import learning_rate
-from alignment.modeling.scorer import Scores
+from alignment.modeling.policy import updating
 from alignment.runs.metrics import MetricSums
-from alignment.trainers.context import TrainingContext
+from alignment.trainers.context import Trained, TrainingContext
 from alignment.types import AlignmentError, Sample
 
-LossOf = Callable[[Scores, list[int]], Tensor]
-"""Scores of a micro-batch and the indices of its samples in, its share of the loss out."""
+LossOf = Callable[[Any, list[int]], Tensor]
+"""`Scores` (of a policy) or `Values` (of a model with a scalar head) of a micro-batch and the
+indices of its samples in, its share of the loss out."""
 
 
 class Updater:
-    """Makes optimizer updates and counts them.
+    """Makes optimizer updates of one model and counts them.
+
+    Args:
+        trained: the model and its optimizer; by default the one that the recipe names.
+        lr: peak learning rate; by default the recipe's.
+        prefix: put before the names of the metrics (`critic/`).
 
     Attributes:
         policy_version: updates made so far.
     """
 
-    def __init__(self, context: TrainingContext, *, total_steps: int) -> None:
-        self._policy = context.policy
-        self._optimizer = context.optimizer
+    def __init__(
+        self,
+        context: TrainingContext,
+        *,
+        total_steps: int,
+        trained: Trained | None = None,
+        lr: float | None = None,
+        prefix: str = "",
+    ) -> None:
+        trained = trained or context.trained
+        if trained.optimizer is None:
+            raise AlignmentError("there is no optimizer: the method says that it does not train")
+        self._model = trained.model
+        self._optimizer = trained.optimizer
+        self._prefix = prefix
         self._distributed = context.distributed
         self._events = context.events
         self._optim = context.recipe.optim
+        self._lr = trained.optimizer.base_lr if lr is None else lr
         self._router_aux_coef = context.recipe.model.router_aux_coef
         self._nonfinite_limit = context.recipe.limits.nonfinite_steps
         self._total_steps = total_steps
@@ -47,8 +67,13 @@ class Updater:
         loss_of: LossOf,
         metrics: MetricSums,
         score_options: Callable[[list[Sample]], dict[str, object]] = lambda _: {},
+        *,
+        together: int = 1,
     ) -> None:
         """Accumulate `loss_of` over micro-batches of `samples`, and step.
+
+        Args:
+            together: so many neighbours are never parted (2 for pairs).
 
         A non-finite loss or gradient anywhere, on any rank, skips the update on all of them; a
         gradient that reached the optimizer would spread to every weight through clipping.
@@ -58,10 +83,11 @@ class Updater:
         """
         local_loss = 0.0
         (n_samples,) = self._distributed.sum([len(samples)])
-        with self._policy.updating():
-            for batch in self._policy.plan(samples, self._optim.micro_batch_tokens):
+        budget = self._optim.micro_batch_tokens
+        with updating(self._model):
+            for batch in self._model.plan(samples, budget, together=together):
                 rows = [samples[i] for i in batch]
-                scores = self._policy(rows, **score_options(rows))
+                scores = self._model(rows, **score_options(rows))
                 loss = loss_of(scores, batch)
                 if scores.aux_loss is not None:
                     loss = loss + self._router_aux_coef * scores.aux_loss * len(rows) / n_samples
@@ -81,7 +107,7 @@ class Updater:
     def _step(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
         lr = learning_rate(
             step - 1,
-            base=self._optim.lr,
+            base=self._lr,
             schedule=self._optim.schedule,
             warmup_steps=self._optim.warmup_steps,
             total_steps=self._total_steps,
@@ -92,20 +118,20 @@ class Updater:
         self.policy_version += 1
         self._nonfinite_in_a_row = 0
         if self._distributed.is_main:
-            metrics.add("loss", loss)
-            metrics.add("optim/grad_norm", norm)
-            metrics.add("optim/lr", lr)
-            metrics.add("optim/moved_share", moved)
-            metrics.add("optim/skipped_updates", 0.0)
+            metrics.add(f"{self._prefix}loss", loss)
+            metrics.add(f"{self._prefix}optim/grad_norm", norm)
+            metrics.add(f"{self._prefix}optim/lr", lr)
+            metrics.add(f"{self._prefix}optim/moved_share", moved)
+            metrics.add(f"{self._prefix}optim/skipped_updates", 0.0)
 
     def _skip(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
         self._optimizer.drop_gradients()
         self._nonfinite_in_a_row += 1
         if self._distributed.is_main:
-            metrics.add("optim/skipped_updates", 1.0)
+            metrics.add(f"{self._prefix}optim/skipped_updates", 1.0)
         self._events.write(
             "nonfinite",
-            f"step {step}: loss {loss}, gradient norm {norm}: the update was skipped",
+            f"step {step}: {self._prefix}loss {loss}, gradient norm {norm}: the update was skipped",
             step=step,
         )
         if self._nonfinite_in_a_row >= self._nonfinite_limit:

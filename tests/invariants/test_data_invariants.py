@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from alignment.data.chat import ChatEncoder, encode_conversation, encode_prompt
 from alignment.data.control import ControlTokens
+from alignment.data.labelled import build_labelled
 from alignment.data.order import DataOrder
+from alignment.data.pairs import build_pairs
 from alignment.data.prompts import build_prompts, draw_prompts
 from alignment.data.report import NOTHING_TO_TRAIN_ON, PROMPT_TOO_LONG
-from alignment.data.samples import build_pairs, build_samples
+from alignment.data.samples import build_samples
+from alignment.data.steps import build_steps
 from alignment.modeling.catalog import cached, fetch
 from alignment.modeling.load import LoraOptions, add_lora, load_causal_lm, load_tokenizer
 from alignment.modeling.tiny import build_tiny
@@ -172,6 +175,74 @@ def test_i36_prompt_and_completion_make_the_whole_with_one_system_turn(kind: str
     pairs, _ = build_pairs([{"prompt": "hello", "chosen": "yes", "rejected": "no"}], tokenizer)
     assert pairs.chosen[0] == sample
     assert pairs.rejected[0].prompt_ids == sample.prompt_ids
+
+
+@pytest.mark.parametrize(("kind", "template"), EVERY)
+def test_i35_i36_both_sides_of_a_pair_are_wholes_with_one_prompt(kind: str, template: str) -> None:
+    tokenizer = tokenizer_of(kind, template)
+    context = [{"role": "system", "content": "yes no"}, *TALK[:3]]
+    answers = [{"role": "assistant", "content": text} for text in ("the answer is 3.", "no 12")]
+    rows: list[dict[str, Any]] = [
+        {"prompt": context, "chosen": [answers[0]], "rejected": [answers[1]]},
+        {"chosen": [*context, answers[0]], "rejected": [*context, answers[1]]},
+        {"prompt": context, "chosen": [*context, answers[0]], "rejected": "no 12"},
+    ]
+    pairs, _ = build_pairs(rows, tokenizer)
+    prompt = template_ids(tokenizer, context, add_generation_prompt=True)
+    sides = {0: pairs.chosen, 1: pairs.rejected}
+    for number, samples in sides.items():
+        whole = template_ids(tokenizer, [*context, answers[number]])
+        for sample in samples:
+            assert list(sample.prompt_ids) == prompt
+            ids = [*sample.prompt_ids, *sample.completion_ids]
+            if whole[: len(prompt)] == prompt:
+                assert ids == whole[: len(ids)]
+                assert tokenizer.decode(whole[len(ids) :]).strip() == ""
+            else:  # a token straddles the border: rule 35 goes first, and the text stays the same
+                assert (kind, template) == ("merging", "trim")
+                assert tokenizer.decode(whole).startswith(tokenizer.decode(ids))
+    labelled, _ = build_labelled(rows[:1], tokenizer)
+    assert [one.sample for one in labelled] == [pairs.chosen[0], pairs.rejected[0]]
+
+
+@pytest.mark.parametrize(("kind", "template"), EVERY)
+def test_i34_i36_steps_are_tokenized_as_one_answer(kind: str, template: str) -> None:
+    tokenizer = tokenizer_of(kind, template)
+    steps = ["the answer is", " yes.", "1 + 2\n", "hello"]
+    rows = [{"prompt": "what?", "completions": steps, "labels": [1, 0, 1, 0]}]
+    (stepped,), _ = build_steps(rows, tokenizer)
+    whole = build_samples([{"prompt": "what?", "completion": "\n".join(steps)}], tokenizer)[0][0]
+    assert stepped.sample.prompt_ids == whole.prompt_ids
+    assert stepped.sample.completion_ids == whole.completion_ids
+    ends = [i for i, marked in enumerate(stepped.sample.loss_mask) if marked]
+    spoken = [tokenizer.decode(whole.completion_ids[: end + 1]).strip() for end in ends]
+    before = [tokenizer.decode(whole.completion_ids[:end]).strip() for end in ends]
+    assert len(ends) == 4
+    for text, shorter, last in zip(spoken, before, ("is", "yes.", "2", "hello"), strict=True):
+        assert text.endswith(last)
+        assert not shorter.endswith(last)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.text("ab .\né\u3000\U0001f642", min_size=1).filter(lambda s: s.strip()), min_size=1
+    )
+)
+def test_i34_step_ends_cover_their_steps_whatever_the_text(steps: list[str]) -> None:
+    tokenizer = tokenizer_of("merging", "chatml")
+    rows = [
+        {"prompt": "what?", "completions": steps, "labels": [1] * len(steps)},
+        {"prompt": "what?", "completions": ["yes"], "labels": [1]},
+    ]
+    stepped, report = build_steps(rows, tokenizer)
+    assert report.n_dropped == 0
+    sample = stepped[0].sample
+    ends = [i for i, marked in enumerate(sample.loss_mask) if marked]
+    for number, end in enumerate(ends, start=1):
+        reached = "\n".join(steps[:number]).rstrip()
+        assert tokenizer.decode(sample.completion_ids[: end + 1]).startswith(reached)
+        assert not tokenizer.decode(sample.completion_ids[:end]).startswith(reached)
 
 
 def test_i37_truncation_keeps_a_scored_token_or_drops_the_row() -> None:

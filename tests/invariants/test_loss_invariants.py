@@ -23,7 +23,6 @@ from alignment.advantages import (
     whiten,
 )
 from alignment.losses import (
-    PREFERENCE_KINDS,
     TokenLoss,
     cispo_loss,
     clipped_value_loss,
@@ -31,7 +30,7 @@ from alignment.losses import (
     kl_full,
     loss_count,
     ppo_clip_loss,
-    preference_loss,
+    process_reward_loss,
     reduce_loss,
     sft_loss,
 )
@@ -79,6 +78,9 @@ TOKEN_LOSSES: dict[str, TokenLossOf] = {
     ),
     "value-unclipped": lambda x, mask: clipped_value_loss(
         x["logprobs"], x["old"], x["advantages"], mask, clip=None
+    ),
+    "process-reward": lambda x, mask: process_reward_loss(
+        x["logprobs"], x["advantages"] + 1.5, mask
     ),
     **{f"{k}-masked": _kl(k, masked=True) for k in ESTIMATORS},
     **{f"{k}-bare": _kl(k, masked=False) for k in ESTIMATORS},
@@ -513,60 +515,7 @@ def test_i33_permuting_rows_permutes_advantages(order: list[int], rewards: list[
         torch.testing.assert_close(straight[shuffle], shuffled, rtol=1e-12, atol=1e-12)
 
 
-# ---------------------------------------------------------------- preferences and values
-
-
-def test_i38_dpo_starts_at_ln2_with_margin_zero() -> None:
-    chosen, rejected = -50 * torch.rand(16), -50 * torch.rand(16)
-    loss = preference_loss(chosen, rejected, chosen, rejected, kind="sigmoid", beta=0.1)
-    assert (loss.per_sequence - math.log(2)).abs().max() < 1e-6
-    assert loss.metrics["reward/margin"].value() == 0.0
-
-
-SWAPPED = ("sigmoid", "sigmoid_norm", "cpo")
-
-
-@pytest.mark.parametrize("kind", SWAPPED)
-def test_i38_swapping_the_pair_negates_the_margin(kind: str) -> None:
-    """-log s(x) and -log s(-x) differ by x, and the gradients in chosen and rejected mirror."""
-    chosen, rejected, ref_chosen, ref_rejected = -20 * torch.rand(4, 8, dtype=torch.float64)
-    lengths = {"chosen_lengths": torch.full((8,), 3), "rejected_lengths": torch.full((8,), 3)}
-    options: dict[str, Any] = {"kind": kind, "beta": 0.1, "nll_coef": 0.0, **lengths}
-    one = preference_loss(chosen, rejected, ref_chosen, ref_rejected, **options)
-    two = preference_loss(rejected, chosen, ref_rejected, ref_chosen, **options)
-    margin = 0.1 * (chosen - rejected)
-    if kind != "cpo":
-        margin = margin - 0.1 * (ref_chosen - ref_rejected)
-    if kind == "sigmoid_norm":
-        margin = margin / 3
-    _close(two.per_sequence - one.per_sequence, margin)
-    assert one.metrics["reward/margin"].value() == pytest.approx(
-        -two.metrics["reward/margin"].value()
-    )
-    assert one.metrics["reward/accuracy"].value() + two.metrics["reward/accuracy"].value() == 1
-
-
-UP_DOWN = tuple(kind for kind in PREFERENCE_KINDS if kind not in ("apo_down", "discopop"))
-
-
-@pytest.mark.parametrize("kind", UP_DOWN)
-def test_i38_at_the_start_chosen_goes_up_and_rejected_down(kind: str) -> None:
-    """APO-down pushes both down; DiscoPOP's slope at margin 0 is inverted, as published."""
-    logps = torch.tensor([-4.0, -7.0], dtype=torch.float64)
-    chosen, rejected = logps.clone().requires_grad_(), (logps - 1).requires_grad_()
-    preference_loss(
-        chosen,
-        rejected,
-        logps,
-        logps - 1,
-        kind=kind,
-        beta=0.1,
-        label_smoothing=0.01 if kind == "exo" else 0.0,
-        chosen_lengths=torch.tensor([3, 4]),
-        rejected_lengths=torch.tensor([5, 2]),
-    ).per_sequence.sum().backward()
-    assert chosen.grad is not None and rejected.grad is not None
-    assert (chosen.grad < 0).all() and (rejected.grad >= 0).all() and rejected.grad.any()
+# ---------------------------------------------------------------- values
 
 
 def test_i40_value_clipping_equals_unclipped_when_old_is_new() -> None:

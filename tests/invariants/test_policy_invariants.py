@@ -9,7 +9,7 @@ from tiny_models import VOCAB, tiny_model
 from torch import nn
 
 from alignment.modeling.optimizer import AdamWOptions, MasterWeightOptimizer, learning_rate
-from alignment.modeling.policy import PolicyWithReference, disable_dropout
+from alignment.modeling.policy import PolicyWithReference, disable_dropout, updating
 from alignment.modeling.reference import make_reference, trainable
 from alignment.types import Sample, UserInputError
 
@@ -46,7 +46,7 @@ def max_gap(policy: PolicyWithReference) -> float:
 
 def train_step(policy: PolicyWithReference, lr: float = 1e-2, **options: object) -> float:
     optimizer = MasterWeightOptimizer(trainable(policy.model), AdamWOptions(lr=lr), **options)
-    with policy.updating():
+    with updating(policy):
         scores = policy(samples())
     (-scores.logprobs[scores.mask].sum()).backward()
     optimizer.clip_(1.0)
@@ -118,6 +118,16 @@ def test_i21_a_policy_without_trainable_tensors_is_refused() -> None:
         PolicyWithReference(model, None)
 
 
+@pytest.mark.parametrize("mode", ["adapter_off", "frozen_copy"])
+def test_a_fixed_reference_saves_nothing_and_refuses_a_moving_ones_state(mode: str) -> None:
+    reference = make_reference(lora(tiny_model()), mode)
+    assert reference.state_dict() == {}
+    reference.load_state_dict({})
+    moving = make_reference(tiny_model(), "synced").state_dict()
+    with pytest.raises(UserInputError, match=f"moving reference.*{mode}"):
+        reference.load_state_dict(moving)
+
+
 def test_adapter_off_without_adapter_is_refused() -> None:
     with pytest.raises(UserInputError, match="frozen_copy"):
         make_reference(tiny_model(), "adapter_off")
@@ -130,11 +140,11 @@ def test_i12_no_dropout_outside_the_update() -> None:
     policy = PolicyWithReference(model, None)
     first, second = policy.logprobs(samples(), 64), policy.logprobs(samples(), 64)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with policy.updating(), torch.no_grad():
+    with updating(policy), torch.no_grad():
         noisy = policy(samples()).logprobs
     assert not torch.equal(noisy, policy(samples()).logprobs.detach())
     disable_dropout(model)
-    with policy.updating(), torch.no_grad():
+    with updating(policy), torch.no_grad():
         quiet = policy(samples()).logprobs
     assert torch.equal(quiet, policy(samples()).logprobs.detach())
 

@@ -123,13 +123,12 @@ def test_i44_the_model_is_as_it_was(engine: Any, fails: bool) -> None:
     flags = [module.training for module in model.modules()]
     configs = model.config.to_dict(), model.generation_config.to_dict()
     implementation = model.config._attn_implementation
-    used = engine(model, Letters())
     if fails:
+        used = engine(model, Broken())  # which looks for the stop string after the first token
         with pytest.raises(RuntimeError, match="decoder"):
-            used.tokenizer = Broken()  # which looks for the stop string after the first token
             used.generate([SHORT], replace(PARAMS, stop=("never",)))
     else:
-        used.generate([SHORT], PARAMS)
+        engine(model, Letters()).generate([SHORT], PARAMS)
     assert [module.training for module in model.modules()] == flags
     assert (model.config.to_dict(), model.generation_config.to_dict()) == configs
     assert model.config._attn_implementation == implementation

@@ -30,7 +30,8 @@ from alignment.runs.events import EventLog
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.experience import Experience, training_samples
-from alignment.trainers.group_relative import POLICY_LOSSES, KLTerm
+from alignment.trainers.group_relative import POLICY_LOSSES
+from alignment.trainers.kl import KLTerm
 from alignment.trainers.grpo import GRPOTrainer
 from alignment.trainers.setup import Loaded, assemble, load_parts
 from alignment.types import AlignmentError, Completion, SamplingParams
@@ -72,7 +73,7 @@ def assembled(
     """The parts of a GRPO run; `change` may alter what was loaded before it is put together."""
     loaded = load_parts(recipe_of("grpo", folder, *overrides))
     change(loaded)
-    return assemble(loaded, Distributed(), EventLog(folder / "events.jsonl"))
+    return assemble(loaded, Distributed(), EventLog(folder / "events.jsonl"), cache=folder)
 
 
 # -- ratios -----------------------------------------------------------------------------------
@@ -223,9 +224,9 @@ def _kl_parts(folder: Path, placement: str, coef: float) -> tuple[Tensor, Tensor
     mask = torch.tensor([[True, True, True], [True, True, False]])
     kl = f"algorithm.kl={{coef: {coef}, placement: {placement}}}"
     config: Any = recipe_of("grpo", folder, kl).algorithm
-    term = KLTerm(config, has_reference=True)
+    term = KLTerm(config.kl, samples_per_step=8, has_reference=True)
     experience = Experience([None, None], [], old, reference)  # type: ignore[list-item]
-    scores = Scores(own, mask, None, None, None, None, 5)
+    scores = Scores(own, mask, None, None, None, None, None, 5)
     in_loss = term.loss(scores, experience, 0, [0, 1], MetricSums())
     total = torch.where(mask, in_loss, 0.0).sum()
     gradient = torch.autograd.grad(total, own, allow_unused=True)[0] if total.requires_grad else own

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from alignment.downloads import cache_directory
 from alignment.modeling import catalog as catalog_module
 from alignment.modeling.catalog import cached, catalog, fetch, remove, resolve
 from alignment.types import UserInputError
@@ -63,7 +64,7 @@ def test_a_build_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="killed"):
         fetch("tiny-random")
     assert cached("tiny-random") is None
-    left = [p for p in (catalog_module.cache_directory() / "models").iterdir() if p.is_dir()]
+    left = [p for p in (cache_directory() / "models").iterdir() if p.is_dir()]
     assert left == []
 
 
@@ -90,7 +91,7 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _pip(monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str) -> None:
     done = SimpleNamespace(returncode=returncode, stderr=stderr)
-    monkeypatch.setattr(catalog_module.subprocess, "run", lambda *a, **k: done)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
 
 
 @pytest.mark.parametrize(

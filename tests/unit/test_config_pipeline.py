@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from alignment import registry
-from alignment.config import PipelineRecipe, describe_counts, dump_recipe, load_recipe, load_stage
+from alignment.config import (
+    PipelineRecipe,
+    Recipe,
+    describe_counts,
+    dump_recipe,
+    load_recipe,
+    load_stage,
+)
 from alignment.config.load import parse_recipe
+from alignment.config.methods.base import Needs
+from alignment.config.methods.sft import SFTConfig
+from alignment.config.pipeline import compared_models, makes_policy
 from alignment.types import UserInputError
 
 SFT = """\
@@ -194,3 +205,102 @@ def test_a_mistake_inside_a_stages_file_names_that_file(folder: Path) -> None:
     assert "grpo.yaml:4: algorithm.grup_size: unknown key; did you mean 'group_size'?" in str(
         caught.value
     )
+
+
+# -- what stages make, and what is compared -----------------------------------------------------
+
+MADE = """\
+run: {name: t}
+stages:
+  - {name: maker, recipe: parts/maker.yaml}
+  - {name: sft, recipe: parts/sft.yaml, set: {data.path: "${stages.maker.data}"}}
+  - {name: rm, recipe: parts/scalar.yaml, set: {model.path: "${stages.sft.model}"}}
+  - name: rl
+    recipe: parts/grpo.yaml
+    set: {model.path: "${stages.sft.model}"}
+compare:
+  tasks: [{type: quiz}]
+"""
+
+
+@pytest.fixture
+def with_makers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pipeline with a stage that makes data alone, and one that makes a reward model."""
+
+    def method(name: str, needs: Needs) -> Any:
+        class Config(SFTConfig):
+            NEEDS: ClassVar[Needs] = needs
+            type: Any
+
+        return types.SimpleNamespace(Config=Config)
+
+    trainers = {
+        "maker": method("maker", Needs(data="samples", makes="data", reference="never")),
+        "scalar": method("scalar", Needs(data="samples", model="scalar", reference="never")),
+    }
+    monkeypatch.setitem(registry._registered, "trainer", trainers)
+    for name in trainers:
+        text = SFT.replace("type: sft", f"type: {name}")
+        (folder / "parts" / f"{name}.yaml").write_text(text)
+    (folder / "two.yaml").write_text(MADE)
+    return folder
+
+
+def recipes_of(pipeline: PipelineRecipe) -> dict[str, Recipe]:
+    return {stage.name: load_stage(pipeline, stage.name) for stage in pipeline.stages}
+
+
+def test_a_stage_takes_the_data_that_an_earlier_one_made(with_makers: Path) -> None:
+    pipeline = load(with_makers)
+    stage = load_stage(pipeline, "sft", {"maker": {"data": "/made/data.jsonl", "run": "/made"}})
+    assert stage.data.options["path"] == "/made/data.jsonl"
+
+
+def test_an_output_that_a_stage_did_not_make_is_an_error(with_makers: Path) -> None:
+    with pytest.raises(UserInputError, match=r"stage 'maker' made no data; it made run, model"):
+        load_stage(load(with_makers), "sft", {"maker": {"run": "/made", "model": "/made/model"}})
+
+
+def test_base_and_every_stage_that_trains_a_policy_are_compared(with_makers: Path) -> None:
+    pipeline = load(with_makers)
+    recipes = recipes_of(pipeline)
+    made = {name: makes_policy(recipe) for name, recipe in recipes.items()}
+    assert made == {"maker": False, "sft": True, "rm": False, "rl": True}
+    assert compared_models(pipeline, recipes) == ("base", "sft", "rl")
+    chosen = load(with_makers, "compare.models=[rl, base]")
+    assert compared_models(chosen, recipes) == ("rl", "base")
+    assert chosen.compare is not None
+    assert chosen.compare.reference is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.sft.set.model.path=${stages.maker.model}", "'maker' makes no model; write $"),
+        ("stages.rm.set.data.path=${stages.sft.data}", "'sft' makes no data; write ${stages.sft."),
+        ("stages.rl.set.model.path=${stages.rm.model}", "'rm' makes a reward model, which is no"),
+        ("compare.models=[sft, rm]", "compare.models.1: stage 'rm' trains no policy that could"),
+        ("compare.models=[stf]", "no stage is called 'stf'; did you mean 'sft'? there are base, "),
+        ("compare.models=[sft, base, sft]", "compare.models.2: 'sft' is named twice; keep one"),
+        ("compare.models=[]", "compare.models: names nothing to compare; leave it out"),
+        ("compare.reference=${stages.stf.model}", "compare.reference: ${stages.stf.model}: no ear"),
+        ("compare.reference=${stages.rm.model}", "stage 'rm' makes no policy to measure from"),
+        ("stages.sft.name=base", "a stage is called 'base', as the model that the first one"),
+    ],
+)
+def test_a_mistake_about_what_stages_make(with_makers: Path, override: str, message: str) -> None:
+    with pytest.raises(UserInputError) as caught:
+        load(with_makers, override)
+    assert message in str(caught.value)
+
+
+def test_a_comparison_needs_a_policy(with_makers: Path) -> None:
+    head, _, _ = MADE.partition("  - {name: sft")
+    (with_makers / "two.yaml").write_text(head + "compare: {tasks: [{type: quiz}]}\n")
+    with pytest.raises(UserInputError, match="compare: no stage trains a policy, so there is no"):
+        load(with_makers)
+
+
+def test_a_model_of_rewards_may_be_anything_but_a_start(with_makers: Path) -> None:
+    options = ["stages.rl.set.data.path=${stages.rm.model}", "compare.reference=${stages.rl.model}"]
+    assert load(with_makers, *options).stages[3].set["data.path"] == "${stages.rm.model}"

@@ -16,7 +16,7 @@ from alignment.data.chat import (
     stop_token_ids,
 )
 from alignment.data.prompts import build_prompts
-from alignment.data.samples import build_pairs, build_samples
+from alignment.data.samples import build_samples
 from alignment.types import UserInputError
 
 START, END, EOS = 257, 258, 258
@@ -93,18 +93,6 @@ def test_prompts_with_system_message_and_limit() -> None:
     assert "be" not in kept[0].text
     with pytest.raises(UserInputError, match="a system message needs a chat template"):
         build_prompts(rows, bytes_only(), system="be", style="plain")
-
-
-def test_pairs_share_prompts_and_drop_what_truncation_makes_equal() -> None:
-    rows = [
-        {"prompt": "hi", "chosen": "yes", "rejected": "no"},
-        {"prompt": "hi", "chosen": "same end", "rejected": "same start"},
-    ]
-    pairs, report = build_pairs(rows, bytes_only(), max_tokens=len(PROMPT) + 4)
-    assert pairs.chosen[0].completion_ids == (*raw("yes"), END)
-    assert pairs.rejected[0].completion_ids == (*raw("no"), END)
-    assert pairs.chosen[0].prompt_ids == pairs.rejected[0].prompt_ids == PROMPT
-    assert report.dropped == {"both sides are the same once truncated": (1,)}
 
 
 def test_stop_tokens_and_their_check() -> None:

@@ -9,8 +9,12 @@ import pytest
 from alignment.data.formats import (
     demonstration_of,
     detect,
+    has_content,
+    labelled_of,
+    margin_of,
     preference_of,
     prompt_of,
+    steps_of,
     wants_chat,
 )
 from alignment.types import UserInputError
@@ -27,6 +31,10 @@ OTHER = {"role": "assistant", "content": "b"}
         ({"prompt": "q", "completion": "a"}, "demonstration"),
         ({"question": "q", "answer": "a"}, "prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"prompt": "q", "completion": "a", "label": True}, "labelled"),
+        ({"messages": [USER, ASSISTANT], "label": 0}, "labelled"),
+        ({"question": "q", "label": True}, "prompt"),
+        ({"prompt": "q", "completions": ["a"], "labels": [True]}, "stepped"),
     ],
 )
 def test_detect(row: dict[str, Any], expected: str) -> None:
@@ -68,6 +76,36 @@ def test_preferences() -> None:
         "a",
         "b",
     )
+    assert preference_of({"chosen": "a", "rejected": "b"}, chat=True)[0] == []
+
+
+def test_margins() -> None:
+    assert margin_of({"margin": 2}) == 2.0
+    assert margin_of({"margin": None}) is None
+    assert margin_of({}) is None
+
+
+def test_labelled() -> None:
+    assert labelled_of({"prompt": "q", "completion": "a", "label": 1.0}, chat=False) == (
+        "q",
+        "a",
+        True,
+    )
+    row = {"messages": [USER, ASSISTANT, USER, OTHER, USER], "label": False}
+    assert labelled_of(row, chat=True) == ([USER, ASSISTANT, USER], [OTHER], False)
+    assert labelled_of({"messages": [USER], "label": 0}, chat=True) == ([USER], [], False)
+
+
+def test_steps() -> None:
+    row = {"prompt": "q", "completions": ["a", "b"], "labels": [True, 0.25]}
+    assert steps_of(row, chat=False) == ("q", ["a", "b"], [1.0, 0.25])
+    assert steps_of(row, chat=True)[0] == [USER]
+
+
+def test_has_content() -> None:
+    assert has_content("a") and has_content([USER, ASSISTANT])
+    assert not has_content(" \n") and not has_content([USER, {"role": "assistant", "content": " "}])
+    assert has_content([{"role": "assistant", "tool_calls": [{"name": "f"}]}])
 
 
 def test_none_keys_of_columnar_files_are_dropped() -> None:
@@ -97,14 +135,51 @@ def test_malformed_prompts_name_the_row(row: dict[str, Any], message: str) -> No
 def test_malformed_answers_name_the_row() -> None:
     with pytest.raises(UserInputError, match="row 7: needs 'messages', or"):
         demonstration_of({"prompt": "q"}, chat=True, where="row 7")
-    with pytest.raises(UserInputError, match="are the same"):
-        preference_of({"prompt": "q", "chosen": "a", "rejected": "a"}, chat=True)
     with pytest.raises(UserInputError, match="needs 'chosen' and 'rejected'"):
         preference_of({"prompt": "q", "chosen": "a"}, chat=True)
-    with pytest.raises(UserInputError, match="do not begin with the same messages"):
-        preference_of({"chosen": "a", "rejected": "b"}, chat=True)
     with pytest.raises(UserInputError, match="messages need a chat template"):
         prompt_of({"messages": [USER]}, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"margin": "2"}, r"column 'margin' is '2'; give a finite number.*CSV"),
+        ({"margin": True}, "column 'margin' is True"),
+        ({"margin": float("nan")}, "column 'margin' is nan"),
+    ],
+)
+def test_malformed_margins_name_the_row(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserInputError, match=f"^row 7: {message}"):
+        margin_of(row, where="row 7")
+
+
+@pytest.mark.parametrize("label", ["true", None, 2, 0.5, []])
+def test_malformed_labels_name_the_row(label: Any) -> None:
+    row = {"prompt": "q", "completion": "a", "label": label}
+    with pytest.raises(UserInputError, match=r"^row 7: column 'label' is .*true or false"):
+        labelled_of(row, chat=True, where="row 7")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completions": "ab"}, "column 'completions' is 'ab'; give a non-empty list"),
+        ({"labels": []}, r"column 'labels' is \[\]"),
+        ({"labels": [1]}, "1 labels for 2 completions"),
+        ({"completions": ["a", 3]}, "column 'completions', step 1 is 3"),
+        ({"labels": [1, 2]}, "column 'labels', step 1 is 2"),
+        ({"labels": [1, None]}, "column 'labels', step 1 is None"),
+        ({"labels": [1, float("nan")]}, "column 'labels', step 1 is nan"),
+        ({"prompt": 3}, "column 'prompt' is of type int"),
+    ],
+)
+def test_malformed_steps_name_the_row(change: dict[str, Any], message: str) -> None:
+    row = {"prompt": "q", "completions": ["a", "b"], "labels": [1, 0], **change}
+    with pytest.raises(UserInputError, match=f"^row 7: {message}"):
+        steps_of(row, chat=True, where="row 7")
+    with pytest.raises(UserInputError, match="needs 'completions' and 'labels'"):
+        steps_of({"prompt": "q"}, chat=True)
 
 
 def test_style() -> None:

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.losses import PREFERENCE_KINDS, REFERENCE_FREE_KINDS, preference_loss
+from alignment.losses import (
+    COUPLED_KINDS,
+    DIVERGENCE_KINDS,
+    PREFERENCE_KINDS,
+    REFERENCE_FREE_KINDS,
+    SMOOTHED_KINDS,
+    preference_loss,
+)
 from alignment.types import AlignmentError, UserInputError
 
 BETA, SMOOTH = 0.3, 0.1
@@ -128,6 +135,100 @@ def test_aot_against_floats() -> None:
     assert loss.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+LN3 = math.log(3)  # s(ln 3) = 3/4, s(2 ln 3) = 9/10
+LOG_3_4 = -0.2876820724
+# beta, then (logp, ref logp, length) of chosen and of rejected, options, and the loss by hand
+BY_HAND: dict[str, tuple[float, tuple[float, ...], tuple[float, ...], dict[str, Any], float]] = {
+    # D = 1, x = ln 3
+    "sigmoid": (LN3, (-4, -5, 1), (-7, -7, 1), {}, 0.2876820724),
+    # 0.9 * 0.28768 + 0.1 * 1.38629
+    "sigmoid conservative": (LN3, (-4, -5, 1), (-7, -7, 1), {"label_smoothing": 0.1}, 0.3975433013),
+    # means 4/2 and 3/3 apart: x = ln 3
+    "sigmoid_norm": (LN3, (-1, -5, 2), (-4, -7, 3), {}, 0.2876820724),
+    # (0.9 * 0.28768 - 0.1 * 1.38629) / 0.8
+    "robust": (LN3, (-4, -5, 1), (-7, -7, 1), {"label_smoothing": 0.1}, 0.1503555363),
+    # D = 3, target 2
+    "ipo": (0.25, (-3, -5, 1), (-8, -7, 1), {}, 1.0),
+    # 2/2 + 3/3 = 2, target 5
+    "ipo_norm": (0.1, (-3, -5, 2), (-10, -7, 3), {}, 9.0),
+    "hinge": (0.5, (-4, -5, 1), (-7, -7, 1), {}, 0.5),
+    # 3/4 ln(0.75/0.9) + 1/4 ln(0.25/0.1)
+    "exo": (LN3, (-4, -5, 1), (-7, -7, 1), {"label_smoothing": 0.1}, 0.0923315145),
+    # c = 1, r = -1: 0.28768 + 1.38629/2 + 0.28768/2
+    "nca": (LN3, (-4, -5, 1), (-8, -7, 1), {}, 1.1246702892),
+    # (2 - 1)^2 + (-3 + 1)^2
+    "sppo": (0.5, (-3, -5, 1), (-10, -7, 1), {}, 5.0),
+    # 1 - 3/4 + 1/4
+    "apo_zero": (LN3, (-4, -5, 1), (-8, -7, 1), {}, 0.5),
+    # 3/4 + 1 - 9/10
+    "apo_down": (LN3, (-4, -5, 1), (-8, -7, 1), {}, 0.85),
+    # g = 3/4: 0.28768/4 + 3/4 * 1/3
+    "discopop": (LN3, (-4, -5, 1), (-7, -7, 1), {"discopop_tau": 1.0}, 0.3219205181),
+    # beta c - shift = ln 3, shift - beta r = ln 3
+    "bco": (LN3, (-3, -5, 1), (-7, -7, 1), {"bco_shift": LN3}, 0.5753641449),
+    # means -1 and -2: 2 - gamma = ln 3
+    "simpo": (2.0, (-3, 0, 3), (-4, 0, 2), {"simpo_gamma": 2 - LN3}, 0.2876820724),
+    # x = ln 3, NLL 6/3
+    "cpo": (LN3, (-6, 0, 3), (-7, 0, 2), {}, 2.2876820724),
+    # p = 1/2 and 1/4, odds 1 and 1/3: 0.1 * 0.28768 + ln 2
+    "orpo": (0.1, (-2 * math.log(2), 0, 2), (-6 * math.log(2), 0, 3), {}, 0.7219153878),
+    # one pair is sorted already
+    "aot": (LN3, (-4, -5, 1), (-7, -7, 1), {}, 0.2876820724),
+    "aot_unpaired": (LN3, (-4, -5, 1), (-7, -7, 1), {}, 0.2876820724),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+def test_kind_by_hand(name: str) -> None:
+    beta, chosen, rejected, options, expected = BY_HAND[name]
+    logps, ref_logps, lengths = (
+        [torch.tensor([x], dtype=torch.float64) for x in pair]
+        for pair in zip(chosen, rejected, strict=True)
+    )
+    loss = preference_loss(
+        *logps,
+        *ref_logps,
+        kind=name.split()[0],
+        beta=beta,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
+        **options,
+    )
+    assert loss.per_sequence.item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_the_kinds_take() -> None:
+    assert {"aot", "aot_unpaired"} == COUPLED_KINDS
+    assert {"simpo", "cpo", "orpo"} == REFERENCE_FREE_KINDS
+    assert SMOOTHED_KINDS == SMOOTHING
+    made_of_the_difference = {"sigmoid", "sigmoid_norm", "robust", "ipo", "ipo_norm", "hinge"}
+    assert made_of_the_difference | {"exo", "discopop"} == DIVERGENCE_KINDS
+
+
+def test_every_kind_is_worked_by_hand() -> None:
+    assert {name.split()[0] for name in BY_HAND} == set(PREFERENCE_KINDS)
+
+
+def test_aot_by_hand_matches_sorted_margins() -> None:
+    """Margins 0 and 2 to the reference's 1 and -1: sorted they are 1 apart, twice; unsorted the
+    differences would be -1 and 3."""
+    zeros = torch.zeros(2)
+    loss = preference_loss(
+        torch.tensor([0.0, 2.0]), zeros, torch.tensor([1.0, -1.0]), zeros, kind="aot", beta=LN3
+    )
+    assert loss.per_sequence.tolist() == pytest.approx([-LOG_3_4, -LOG_3_4])
+    # log-ratios 2, 0 and -1, 1: sorted 0 and 2 less -1 and 1
+    loss = preference_loss(
+        torch.tensor([2.0, 0.0]),
+        torch.tensor([-1.0, 1.0]),
+        zeros,
+        zeros,
+        kind="aot_unpaired",
+        beta=LN3,
+    )
+    assert loss.per_sequence.tolist() == pytest.approx([-LOG_3_4, -LOG_3_4])
+
+
 @pytest.mark.parametrize("kind", PREFERENCE_KINDS)
 def test_gradients_are_the_slopes_of_the_values(kind: str) -> None:
     chosen, rejected, *refs = sums()
@@ -213,11 +314,17 @@ def test_low_precision_sums_are_upcast() -> None:
         ({"kind": "sigmod"}, "did you mean 'sigmoid'"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"label_smoothing": 0.5}, "label_smoothing is 0.5"),
-        ({"kind": "hinge", "label_smoothing": 0.1}, "'hinge' has no label smoothing"),
+        (
+            {"kind": "hinge", "label_smoothing": 0.1},
+            "label_smoothing has no meaning in preference loss 'hinge'",
+        ),
         ({"kind": "exo", "label_smoothing": 0.0}, "'exo' needs label_smoothing"),
         ({"kind": "simpo", "chosen_lengths": None}, "'simpo'.*averages over tokens"),
         ({"kind": "cpo", "chosen_lengths": None}, "nll_coef=1.0 averages over tokens"),
         ({"kind": "discopop", "label_smoothing": 0.0, "discopop_tau": 0.0}, "discopop_tau"),
+        ({"divergence": "jss"}, "did you mean 'js'"),
+        ({"kind": "aot", "divergence": "js"}, "divergence 'js' has no meaning in .* 'aot'"),
+        ({"divergence": "alpha", "alpha": 1.0}, "alpha-divergence is 1.0.*'forward_kl'"),
     ],
 )
 def test_bad_options_are_named(changes: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from alignment.runs import lineage
 from alignment.runs.files import file_hash
+from alignment.runs.inputs import ParentRecord, recorded_inputs
 from alignment.runs.lineage import data_hash, redact, run_info, text_hash
 from alignment.types import AlignmentError
 
@@ -26,6 +27,27 @@ ARGUMENTS = {
     "data_hash": "d",
     "parents": [Path("runs/sft")],
 }
+
+
+def test_parents_are_those_of_the_inputs_and_further_ones_each_once():
+    inputs = [
+        ParentRecord(key, run, "model", "1" * 64)
+        for key, run in (("model.path", "runs/a"), ("rewards.0.path", "runs/b"), ("x", "runs/a"))
+    ]
+    info = run_info(**ARGUMENTS | {"inputs": inputs, "parents": [Path("runs/b"), Path("runs/c")]})
+    assert info["parents"] == ["runs/a", "runs/b", "runs/c"]
+    assert info["inputs"][1] == {
+        "key": "rewards.0.path",
+        "run": "runs/b",
+        "output": "model",
+        "hash": "1" * 64,
+    }
+    assert recorded_inputs(json.loads(json.dumps(info))) == tuple(inputs)
+
+
+def test_inputs_that_were_not_looked_for_are_told_from_none():
+    assert recorded_inputs(run_info(**ARGUMENTS)) is None
+    assert recorded_inputs(run_info(**ARGUMENTS | {"inputs": []})) == ()
 
 
 def git(directory, *arguments):

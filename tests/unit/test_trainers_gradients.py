@@ -60,7 +60,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Gradients]:
 
 def parts_of(method: str, folder: Path, *overrides: str) -> Any:
     recipe = recipe_of(method, folder, *NO_CLIP, *overrides)
-    return assemble(load_parts(recipe), Distributed(), EventLog(folder / "events.jsonl"))
+    return assemble(
+        load_parts(recipe), Distributed(), EventLog(folder / "events.jsonl"), cache=folder
+    )
 
 
 class PlainModel:
@@ -105,10 +107,10 @@ def test_i01_i03_sft_gradient(
     trainer = SFTTrainer(context)
     trainer.step(1)
     trainer.step(2)  # another batch: its gradient has nothing of the first
-    rows = [row for _, row in type(context.order)(len(context.samples), seed=0).take(8)]
+    rows = [row for _, row in type(context.order)(len(context.train.samples), seed=0).take(8)]
     plain = PlainModel()
     for got, batch in zip(made, (rows[:4], rows[4:]), strict=True):
-        samples = [context.samples[row] for row in batch]
+        samples = [context.train.samples[row] for row in batch]
         lengths = [sum(sample.loss_mask) for sample in samples]
         assert len(set(lengths)) > 1  # a mean of means would show
         loss = torch.zeros((), dtype=torch.float64)
@@ -147,7 +149,7 @@ def made_up(trainer: GRPOTrainer, *, failed: Sequence[int] = ()) -> Fixed:
     noise = torch.Generator().manual_seed(5)
     items = []
     for i in range(8):
-        prompt: Prompt = replace(trainer.context.prompts[i // 4], index=i // 4)
+        prompt: Prompt = replace(trainer.context.train.prompts[i // 4], index=i // 4)
         ids = tuple(draw.randrange(256) for _ in range((1, 12, 5, 7, 3, 9, 2, 6)[i]))
         logprobs = tuple(-5.5 for _ in ids)
         completion = Completion(i // 4, i % 4, ids, logprobs, StopReason.STOP, 0, "")

@@ -1,0 +1,88 @@
+"""Completions labelled desirable or undesirable, from rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignment.data.control import Tokenizer
+from alignment.data.encode import RowEncoder
+from alignment.data.formats import (
+    Turns,
+    detect,
+    has_content,
+    labelled_of,
+    name_row,
+    preference_of,
+)
+from alignment.data.pairs import unusable
+from alignment.data.prompts import Style
+from alignment.data.report import NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
+from alignment.types import LabelledSample
+
+
+def build_labelled(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    too_long: TooLong = "truncate",
+    system: str | None = None,
+    style: Style = "auto",
+    template_options: Mapping[str, Any] | None = None,
+) -> tuple[list[LabelledSample], DataReport]:
+    """Tokenize completions that somebody found desirable or not (KTO).
+
+    A labelled row gives one sample. A preference row gives two, its chosen side as desirable and
+    its rejected side as undesirable; the report counts it twice, once for each side, and drops
+    both where the two could not be compared (`alignment.data.pairs.unusable`).
+
+    Args:
+        rows: see `alignment.data.formats`.
+        tokenizer: with its chat template.
+        max_tokens: longest prompt and completion together.
+        too_long: what to do with a longer one: `truncate` cuts the completion's end, and drops
+            one of which nothing is left; `drop` drops it; `error` raises.
+        system: a system message for conversations that do not begin with one.
+        style: `chat`, `plain`, or `auto`: chat if the tokenizer has a template.
+        template_options: keyword arguments of the chat template.
+
+    Raises:
+        UserInputError: a malformed row (named), a row over the limit under `error`, or no row
+            left.
+    """
+    encoder = RowEncoder(
+        tokenizer,
+        max_tokens=max_tokens,
+        too_long=too_long,
+        system=system,
+        style=style,
+        template_options=template_options,
+    )
+    tally = Tally()
+    samples = []
+    for index, row in enumerate(rows):
+        where = name_row(index)
+        for prompt, completion, desirable, reason in _judged(row, encoder.chat, where):
+            if reason:
+                tally.drop(index, reason)
+                continue
+            whole = encoder.encode(prompt, completion, where=where)
+            sample, reason = encoder.fit(whole, where)
+            if sample is None:
+                tally.drop(index, reason)
+                continue
+            tally.keep(index, truncated=sample is not whole)
+            samples.append(LabelledSample(sample, desirable))
+    return samples, tally.report()
+
+
+def _judged(row: Mapping[str, Any], chat: bool, where: str) -> list[tuple[Turns, Turns, bool, str]]:
+    """(prompt, completion, desirable, why it cannot be used) for each completion of a row."""
+    if detect(row, where=where) == "preference":
+        prompt, chosen, rejected = preference_of(row, chat=chat, where=where)
+        reason = unusable(prompt, chosen, rejected)
+        return [(prompt, chosen, True, reason), (prompt, rejected, False, reason)]
+    prompt, completion, desirable = labelled_of(row, chat=chat, where=where)
+    reason = "" if has_content(completion) else NOTHING_TO_TRAIN_ON
+    return [(prompt, completion, desirable, reason)]

@@ -1,0 +1,86 @@
+"""`ScalarModel`: a decoder with one number per token, for reward models and critics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment.modeling.backbone import Backbone
+from alignment.modeling.packing import Reads, plan_micro_batches
+from alignment.modeling.scorer import Values, packing_fault, read_values
+from alignment.types import Sample
+
+
+class ScalarHead(nn.Linear):
+    """One number `[...]` off hidden states `[..., D]`, computed in float32, without a bias."""
+
+    def __init__(self, hidden_size: int, *, dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__(hidden_size, 1, bias=False, dtype=dtype, device=device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+class ScalarModel(nn.Module):
+    """A decoder with a scalar head.
+
+    Like a policy, it stays in eval mode except inside `updating(model)`.
+
+    Args:
+        decoder: a `transformers` model without a language-model head, or a peft model around one.
+        head: reads its hidden states.
+        router_loss: whether values under gradients carry a mixture of experts' balancing loss.
+    """
+
+    def __init__(self, decoder: nn.Module, head: ScalarHead, *, router_loss: bool = False) -> None:
+        super().__init__()
+        self.decoder = decoder.eval()
+        self.head = head
+        self.backbone = Backbone(decoder)
+        self.router_loss = router_loss
+        if self.backbone.plain_reason is None:
+            self.backbone.plain_reason = packing_fault(self.backbone)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def forward(self, samples: Sequence[Sample], *, reads: Reads = "after") -> Values:
+        """The head `[B, T]` at each completion token.
+
+        Args:
+            reads: `after`, once the token is seen (a reward model's score is the one after the last
+                token); or `before`, where the token is predicted (a critic's value of the state
+                that the token is chosen in).
+        """
+        return read_values(
+            self.backbone,
+            self.head,
+            samples,
+            reads=reads,
+            router_loss=self.router_loss and torch.is_grad_enabled(),
+        )
+
+    def plan(
+        self, samples: Sequence[Sample], token_budget: int, *, together: int = 1
+    ) -> list[list[int]]:
+        """Micro-batches for these samples on this architecture."""
+        shares = self.backbone.plain_reason is None
+        return plan_micro_batches(samples, token_budget, share_prompts=shares, together=together)
+
+    @torch.no_grad()
+    def values(self, samples: Sequence[Sample], token_budget: int, *, reads: Reads) -> list[Tensor]:
+        """The head without gradients, one fp32 `[completion length]` tensor a sample."""
+        out: list[Tensor] = [torch.empty(0)] * len(samples)
+        for batch in self.plan(samples, token_budget):
+            read = self([samples[i] for i in batch], reads=reads)
+            for row, i in enumerate(batch):
+                out[i] = read.values[row, : len(samples[i].completion_ids)]
+        return out
+
+    def scores(self, samples: Sequence[Sample], token_budget: int) -> list[float]:
+        """A reward model's score of each sample: the head after the last completion token."""
+        return [float(row[-1]) for row in self.values(samples, token_budget, reads="after")]

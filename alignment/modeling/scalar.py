@@ -1,0 +1,241 @@
+"""Load and save models with a scalar head: reward models, process reward models, critics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.utils import cached_file
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+
+from alignment.modeling.catalog import resolve
+from alignment.modeling.export import merged_copy
+from alignment.modeling.heads import ScalarHead, ScalarModel
+from alignment.modeling.load import DTYPES, Attention, LoraOptions, add_lora, cannot_load
+from alignment.modeling.padding import give_own_padding
+from alignment.types import UserInputError
+
+logger = logging.getLogger(__name__)
+
+HEAD = "score.weight"
+"""Name of the head's weight, as `AutoModelForSequenceClassification` has it."""
+
+Initial = Literal["normal", "zero"]
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Weights of language models that a scalar model does without.
+_NOT_NEEDED = ("lm_head.", "embed_out.")
+
+
+def load_scalar_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attention: Attention = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    lora: LoraOptions | None = None,
+    seed: int = 0,
+    initial: Initial = "normal",
+    router_loss: bool = False,
+) -> ScalarModel:
+    """A decoder with a scalar head, in eval mode, ready to be trained.
+
+    A model that has a head (a reward model saved here, or any sequence-classification model with
+    one label) keeps it; a causal language model gets a new one.
+
+    Args:
+        path: catalogue name, directory or hub id.
+        initial: of a new head: `normal`, with standard deviation 1 / sqrt(D + 1) (Stiennon et al.
+            2020), or `zero`, so that every value starts at 0.
+        seed: of a new head and of the adapter.
+        router_loss: see `ScalarModel`.
+        The others are those of `load_causal_lm`. With `lora`, the head is trained in full.
+
+    Raises:
+        UserInputError: the model cannot be found or loaded, is an adapter alone, or has another
+            head than one of one number.
+    """
+    if dtype not in DTYPES:
+        raise UserInputError(f"model dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    source = resolve(str(path))
+    if (Path(source) / "adapter_config.json").is_file():
+        raise UserInputError(
+            f"model {str(path)!r} is an adapter without its base; give the merged model (the "
+            "folder that holds the adapter's, in a run of this toolkit)"
+        )
+    decoder, others = _load_decoder(source, DTYPES[dtype], attention, trust_remote_code, revision)
+    head = ScalarHead(decoder.config.get_text_config().hidden_size, dtype=DTYPES[dtype])
+    with torch.no_grad():
+        if any(name.startswith("score.") for name in others):
+            head.weight.copy_(_saved_head(source, revision, others, head.in_features))
+        else:
+            head.weight.copy_(_new_head(head.in_features, initial, seed))
+    adapted: nn.Module = decoder
+    if lora is not None:
+        adapted = add_lora(decoder, lora, seed=seed, task_type="FEATURE_EXTRACTION")
+    return ScalarModel(adapted, head, router_loss=router_loss)
+
+
+def save_scalar_model(model: ScalarModel, tokenizer: Any, folder: Path) -> None:
+    """Write the model so that `load_scalar_model` and `AutoModelForSequenceClassification` load it.
+
+    An adapter is merged on a copy, in float32 with one rounding at the end, as `save_policy` does:
+    what is loaded scores as that copy does. The model and the tokenizer in memory are untouched.
+
+    `AutoModelForSequenceClassification` reads a row at its last token that is not padding, so the
+    saved tokenizer pads with a token that ends no text (`give_own_padding`). Architectures that
+    transformers cannot classify with (Granite) are saved all the same, for `load_scalar_model`
+    alone, with a warning.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    decoder: Any = model.decoder
+    if hasattr(decoder, "merge_and_unload"):
+        decoder = merged_copy(decoder)
+    tokenizer = give_own_padding(tokenizer, decoder.get_input_embeddings().num_embeddings)
+    config = decoder.config.__class__.from_dict(decoder.config.to_dict())
+    config.num_labels = 1
+    config.use_cache = True  # as the model came; training runs without
+    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    whole = _classifier(config, decoder, model.head)
+    if whole is not None:
+        whole.save_pretrained(folder)
+    else:
+        logger.warning(
+            "%s has no sequence-classification form in transformers: the model in %s can be "
+            "loaded by load_scalar_model alone",
+            config.model_type,
+            folder,
+        )
+        weights = {**decoder.state_dict(), HEAD: model.head.weight.detach()}
+        decoder.save_pretrained(folder, state_dict=weights)
+        config.architectures = [type(decoder).__name__]
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _classifier(config: Any, decoder: nn.Module, head: ScalarHead) -> Any:
+    """`decoder` and `head` as transformers' classifier, sharing their memory; None where it has
+    none for the architecture, or one whose head is built otherwise."""
+    auto: Any = AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"):
+            whole = auto.from_config(config, dtype=next(decoder.parameters()).dtype)
+    except ValueError:
+        return None
+    names = {name for name, _ in whole.named_parameters()}
+    prefix = whole.base_model_prefix
+    own = {name for name in names if not name.startswith(f"{prefix}.")}
+    if own != {HEAD} or type(getattr(whole, prefix, None)) is not type(decoder):
+        return None
+    setattr(whole, prefix, decoder)
+    whole.score.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
+    return whole
+
+
+def _load_decoder(
+    source: Path | str,
+    dtype: torch.dtype,
+    attention: Attention,
+    trust_remote_code: bool,
+    revision: str | None,
+) -> tuple[Any, list[str]]:
+    """The decoder, and the names of further weights that its files hold (the head's among them)."""
+    auto: Any = AutoModel
+    try:
+        with _quiet():
+            decoder, info = auto.from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation=None if attention == "auto" else attention,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise UserInputError(cannot_load("model", source, error)) from error
+    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if absent:
+        raise UserInputError(
+            f"model {str(source)!r}: files lack {len(absent)} weights ({', '.join(absent[:4])}), "
+            "which would be random; give a complete model"
+        )
+    others = sorted(info["unexpected_keys"])
+    unused = [name for name in others if not name.startswith(("score.", *_NOT_NEEDED))]
+    if unused:
+        logger.warning("model %s: unused weights %s", source, unused[:4])
+    decoder.config.use_cache = False
+    return decoder.eval(), others
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of weights that the decoder alone has no use for."""
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
+def _new_head(hidden_size: int, initial: Initial, seed: int) -> Tensor:
+    """The weight `[1, D]` of a head that nobody trained."""
+    if initial == "zero":
+        return torch.zeros(1, hidden_size)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
+
+
+def _saved_head(
+    source: Path | str, revision: str | None, names: Collection[str], hidden_size: int
+) -> Tensor:
+    """The weight `[1, D]` of the head in a model's files.
+
+    Raises:
+        UserInputError: it has another form, or is not in a safetensors file.
+    """
+    heads = sorted(name for name in names if name.startswith("score."))
+    if heads != [HEAD]:
+        raise UserInputError(
+            f"model {str(source)!r} has a head of the weights {', '.join(heads)}; a reward model "
+            f"or critic has {HEAD} alone"
+        )
+    weight = _read_head(source, revision)
+    if weight.shape != (1, hidden_size):
+        raise UserInputError(
+            f"model {str(source)!r} has {weight.shape[0]} labels; a reward model or critic has one"
+        )
+    return weight
+
+
+def _read_head(source: Path | str, revision: str | None) -> Tensor:
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(
+            str(source), name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        return found
+
+    index = find(_INDEX)
+    name = _WEIGHTS
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        name = weight_map[HEAD]
+    file = find(name)
+    if file is None:
+        raise UserInputError(
+            f"model {str(source)!r} has its head in a file of another format than safetensors; "
+            "load and save it once with transformers (save_pretrained)"
+        )
+    with safe_open(file, framework="pt") as tensors:
+        weight: Tensor = tensors.get_tensor(HEAD)
+    return weight

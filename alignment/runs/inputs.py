@@ -1,0 +1,217 @@
+"""What a run takes from other runs: found, compared with what is there now, checked to fit.
+
+A run's `run.json` lists its inputs, one for each setting of its recipe that leads into the folder
+of another run:
+
+    "inputs": [{"key": "model.path", "run": "runs/x/stages/sft", "output": "model",
+                "hash": SHA-256 of the output when the run started}]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import Recipe
+from alignment.runs.directory import RunDirectory
+from alignment.runs.outputs import (
+    Encoding,
+    output_hash,
+    output_paths,
+    read_finished,
+    short_hash,
+)
+from alignment.types import UserInputError
+
+_OWN_SECTIONS = ("run", "expect")  # where this run is kept, and what is asked of it
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRecord:
+    """One thing that a run takes from another run.
+
+    key:      the setting that names it, such as model.path.
+    run:      folder of the other run.
+    output:   "model", "data", or "run" for anything else in that folder.
+    hash:     of the output, as it was found.
+    encoding: how the other run turned text into tokens; None where that is not recorded.
+    """
+
+    key: str
+    run: str
+    output: str
+    hash: str
+    encoding: Encoding | None = None
+
+    def as_input(self) -> dict[str, str]:
+        """The entry of `run.json`."""
+        return {"key": self.key, "run": self.run, "output": self.output, "hash": self.hash}
+
+
+def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
+    """What the recipe takes from other runs, in the order of its settings.
+
+    A setting counts if it is a path with a separator in it, exists, and lies in the folder of a
+    run. So it makes no difference whether a pipeline put it there or a person.
+
+    Raises:
+        AlignmentError: what it names cannot be read.
+    """
+    found = []
+    for key, value in _texts(recipe.model_dump(mode="json", exclude=set(_OWN_SECTIONS)), ()):
+        place = _place_in_a_run(value)
+        if place is None:
+            continue
+        run, output = place
+        value_hash = output_hash(run, output)
+        if value_hash is not None:
+            found.append(ParentRecord(key, str(run), output, value_hash, encoding_of(run)))
+    return tuple(found)
+
+
+def encoding_of(run: Path) -> Encoding | None:
+    """How a run turned text into tokens: as recorded at its end, or else at its start.
+
+    Raises:
+        AlignmentError: its record is damaged.
+    """
+    finished = read_finished(run)
+    if finished is not None and finished.encoding is not None:
+        return finished.encoding
+    info = RunDirectory(run).read_info()
+    tokenizer, template = info.get("tokenizer_hash"), info.get("template_hash")
+    return None if tokenizer is None and template is None else Encoding(tokenizer, template)
+
+
+def recorded_inputs(info: Mapping[str, Any]) -> tuple[ParentRecord, ...] | None:
+    """The inputs listed in a `run.json`; None where it is of a version that listed none."""
+    if "inputs" not in info:
+        return None
+    return tuple(ParentRecord(**entry) for entry in info["inputs"])
+
+
+def refuse_changed_inputs(run: Path, name: str) -> bool:
+    """Compare what a run started from, finished or not, with what its parents hold now.
+
+    What is gone is no change: a finished run stands without its parents.
+
+    Args:
+        name: of the run in messages, such as "stage 'rl'".
+
+    Returns:
+        Whether there was a record to compare with; without one, nothing is known.
+
+    Raises:
+        UserInputError: something changed, so that the run belongs to what is no more.
+        AlignmentError: a record cannot be read.
+    """
+    recorded = recorded_inputs(RunDirectory(run).read_info())
+    changes = []
+    for parent in recorded or ():
+        now = output_hash(Path(parent.run), parent.output)
+        if now not in (None, parent.hash):
+            changes.append(
+                f"{parent.key} is the {parent.output} of {parent.run}, which was "
+                f"{short_hash(parent.hash)} when {name} started and is {short_hash(now)} now"
+            )
+    if changes:
+        raise UserInputError(
+            f"{name} was made from what has changed since: {'; '.join(changes)}. It is neither "
+            f"used as it is nor overwritten: delete {run} to run it again, or choose another "
+            "run.name"
+        )
+    return recorded is not None
+
+
+def check_compatible(child: Encoding, parents: Sequence[ParentRecord]) -> None:
+    """Refuse parents that turned text into other tokens than this run does.
+
+    A model knows only the tokens and the conversation format that it was trained on, and nothing
+    fails where it gets others: it is just bad. What is not recorded is not compared, and what is
+    taken from a run as "run" is files of which nothing is known.
+
+    Raises:
+        UserInputError: every mismatch, with its reason.
+    """
+    problems = [problem for parent in parents for problem in _mismatches(child, parent)]
+    if problems:
+        raise UserInputError("\n".join(problems))
+
+
+def _mismatches(child: Encoding, parent: ParentRecord) -> Iterator[str]:
+    theirs = parent.encoding
+    if parent.output == "run" or theirs is None:
+        return
+    role, reason = _role(parent)
+    start = f"{parent.key}: {role} {parent.run} has"
+    if _differ(theirs.tokenizer, child.tokenizer):
+        yield (
+            f"{start} another tokenizer ({short_hash(theirs.tokenizer)}) than this run "
+            f"({short_hash(child.tokenizer)}){_sizes(theirs, child)}; {reason}. Use one tokenizer "
+            "throughout: start both from the same base model"
+        )
+    if _differ(theirs.template, child.template):
+        yield (
+            f"{start} another chat template ({short_hash(theirs.template)}) than this run "
+            f"({short_hash(child.template)}); {reason}. Set model.chat_template to the same in "
+            "both, or in neither (a model's folder holds the template that it was trained with)"
+        )
+
+
+def _role(parent: ParentRecord) -> tuple[str, str]:
+    """What the parent is to this run, and why both have to read text in the same way."""
+    section = parent.key.partition(".")[0]
+    if parent.output == "data":
+        return "the data of", "its texts were made with that one, and would be read with this one"
+    if section == "model":
+        return (
+            "the model of",
+            "what it learned is tied to the one it was trained with, and would be lost",
+        )
+    names = {"rewards": "the reward model of", "algorithm": "the model of"}
+    role = "the critic of" if "critic" in parent.key else names.get(section, "the model of")
+    return role, "it would be given tokens that mean something else to it"
+
+
+def _differ(theirs: str | None, ours: str | None) -> bool:
+    return theirs is not None and ours is not None and theirs != ours
+
+
+def _sizes(theirs: Encoding, ours: Encoding) -> str:
+    if theirs.vocab_size is None or ours.vocab_size is None:
+        return ""
+    if theirs.vocab_size == ours.vocab_size:
+        return f", of the same {ours.vocab_size} tokens in number"
+    return f", {theirs.vocab_size} tokens and not {ours.vocab_size}"
+
+
+def _texts(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in nested settings."""
+    if isinstance(value, str):
+        yield ".".join(path), value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*path, str(index)))
+
+
+def _place_in_a_run(text: str) -> tuple[Path, str] | None:
+    """(run, output) that a path leads to; None where the text is no path into a run."""
+    if "/" not in text and os.sep not in text:  # a name, though there may be a folder called so
+        return None
+    try:
+        path = Path(text).expanduser()
+        if not path.exists():
+            return None
+    except (OSError, ValueError, RuntimeError):  # no text that could be a path
+        return None
+    for folder in (path, *path.parents):
+        if all((folder / name).is_file() for name in ("run.json", "recipe.yaml")):
+            outputs = output_paths(folder).items()
+            return folder, next((out for out, at in outputs if path.is_relative_to(at)), "run")
+    return None

@@ -1,0 +1,399 @@
+"""Pipelines and where runs come from: inputs found, changes refused, mismatches explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from alignment.config import PipelineRecipe, Recipe, dump_recipe, load_recipe
+from alignment.config.load import parse_recipe
+from alignment.runs import lineage
+from alignment.runs.directory import RunDirectory
+from alignment.runs.inputs import (
+    ParentRecord,
+    check_compatible,
+    encoding_of,
+    find_parents,
+    refuse_changed_inputs,
+)
+from alignment.runs.lineage import run_info
+from alignment.runs.outputs import Encoding, contents, write_finished
+from alignment.trainers import pipeline as pipeline_module
+from alignment.trainers.pipeline import run_pipeline, stage_outputs
+from alignment.types import UserInputError
+
+T, C, OTHER = "a" * 64, "b" * 64, "c" * 64
+ENCODING = Encoding(T, C, 260)
+
+
+@pytest.fixture(autouse=True)
+def _no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What git says is none of these tests' business, and takes it a second."""
+    monkeypatch.setattr(lineage, "_git", lambda directory: None)
+
+
+def sft(folder: Path, name: str, *overrides: str) -> Recipe:
+    recipe = load_recipe("tiny/sft", [f"run.dir={folder}", f"run.name={name}", *overrides])
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def change(path: Path, text: str) -> None:
+    """Change a file as time passes: its time of last change differs."""
+    path.write_text(text)
+    later = path.stat().st_mtime_ns + 5_000_000_000
+    os.utime(path, ns=(later, later))
+
+
+def begin(recipe: Recipe, **hashes: str | None) -> RunDirectory:
+    """The folder of a run that has started."""
+    text = dump_recipe(recipe)
+    known: dict[str, Any] = {"model_hash": "0" * 64, "data_hash": "d" * 64}
+    known |= {"tokenizer_hash": T, "template_hash": C, **hashes}
+    info = run_info(recipe=text, command=[], seed=0, inputs=find_parents(recipe), **known)
+    return RunDirectory.create(recipe.run.dir, recipe.run.name, recipe_yaml=text, info=info)
+
+
+def finish(run: RunDirectory, weights: str, data: str | None = None) -> RunDirectory:
+    """What a run leaves, with a text for weights."""
+    run.model_dir.mkdir()
+    (run.model_dir / "model.safetensors").write_text(weights)
+    if data is not None:
+        run.data.write_text(data)
+    write_finished(run.path, steps=3, encoding=ENCODING)
+    return run
+
+
+# -- inputs -----------------------------------------------------------------------------------
+
+
+def test_settings_that_lead_into_runs_are_inputs(tmp_path: Path) -> None:
+    parent = finish(begin(sft(tmp_path, "one")), "1", data='{"prompt": "a"}\n')
+    recipe = sft(
+        tmp_path,
+        "two",
+        f"model.path={parent.model_dir / 'adapter'}",
+        f"data={{type: file, path: '{parent.data}'}}",
+        f"model.chat_template={parent.path}/recipe.yaml",
+    )
+    (parent.model_dir / "adapter").mkdir()
+    found = {record.key: (record.output, record.hash) for record in find_parents(recipe)}
+    assert found == {
+        "model.path": ("model", contents(parent.model_dir).hash),
+        "data.path": ("data", contents(parent.data).hash),
+        "model.chat_template": ("run", contents(parent.path / "finished.json").hash),
+    }
+    assert {record.run for record in find_parents(recipe)} == {str(parent.path)}
+
+
+def test_names_and_other_folders_are_no_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(begin(sft(tmp_path, "sft")), "1")  # as the method is called
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain" / "model").mkdir(parents=True)
+    recipe = sft(tmp_path / "sft" / "stages", "two", f"model.path={tmp_path}/plain/model")
+    assert find_parents(recipe) == ()
+    for template in ("{{ 1 }}/" + "x" * 5000, "{{ '/\0' }}"):
+        settings = recipe.model.model_copy(update={"chat_template": template})
+        assert find_parents(recipe.model_copy(update={"model": settings})) == ()
+
+
+def test_run_json_lists_inputs_and_the_runs_they_are_of(tmp_path: Path) -> None:
+    parent = finish(begin(sft(tmp_path, "one")), "1")
+    info = begin(sft(tmp_path, "two", f"model.path={parent.model_dir}")).read_info()
+    made = contents(parent.model_dir).hash
+    entry = {"key": "model.path", "run": str(parent.path), "output": "model", "hash": made}
+    assert info["inputs"] == [entry]
+    assert info["parents"] == [str(parent.path)]
+    assert parent.read_info()["inputs"] == []
+
+
+# -- changes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> tuple[RunDirectory, RunDirectory]:
+    """A run, and one that started from its model."""
+    parent = finish(begin(sft(tmp_path, "one")), "1")
+    return parent, finish(begin(sft(tmp_path, "two", f"model.path={parent.model_dir}")), "2")
+
+
+def test_unchanged_inputs_are_accepted(family: tuple[RunDirectory, RunDirectory]) -> None:
+    parent, child = family
+    assert refuse_changed_inputs(child.path, "stage 'two'")
+    change(parent.model_dir / "model.safetensors", "1")  # the same again, later
+    assert refuse_changed_inputs(child.path, "stage 'two'")
+    (parent.model_dir / "model.safetensors").unlink()
+    parent.model_dir.rmdir()
+    assert refuse_changed_inputs(child.path, "stage 'two'")
+
+
+def test_changed_inputs_are_refused_with_the_remedy(
+    family: tuple[RunDirectory, RunDirectory],
+) -> None:
+    parent, child = family
+    before = contents(parent.model_dir).hash
+    change(parent.model_dir / "model.safetensors", "9")
+    after = contents(parent.model_dir).hash
+    assert before != after
+    with pytest.raises(UserInputError) as caught:
+        refuse_changed_inputs(child.path, "stage 'two'")
+    assert str(caught.value) == (
+        "stage 'two' was made from what has changed since: model.path is the model of "
+        f"{parent.path}, which was {before[:8]} when stage 'two' started and is {after[:8]} now. "
+        f"It is neither used as it is nor overwritten: delete {child.path} to run it again, or "
+        "choose another run.name"
+    )
+    assert (child.model_dir / "model.safetensors").read_text() == "2"
+
+
+def test_a_run_without_a_record_is_told_apart(tmp_path: Path) -> None:
+    recipe = sft(tmp_path, "old")
+    info = {"parents": []}
+    RunDirectory.create(tmp_path, "old", recipe_yaml=dump_recipe(recipe), info=info)
+    assert not refuse_changed_inputs(tmp_path / "old", "stage 'old'")
+
+
+# -- compatibility ----------------------------------------------------------------------------
+
+
+def parent_of(key: str, output: str = "model", **differing: Any) -> ParentRecord:
+    return ParentRecord(key, "runs/p", output, "0", dataclasses.replace(ENCODING, **differing))
+
+
+@pytest.mark.parametrize("output", ["model", "data", "run"])
+def test_equal_encodings_fit(output: str) -> None:
+    check_compatible(ENCODING, [parent_of("model.path", output)])
+
+
+def test_what_is_not_known_is_not_compared() -> None:
+    check_compatible(ENCODING, [parent_of("model.path", tokenizer=None, template=None)])
+    check_compatible(ENCODING, [ParentRecord("model.path", "runs/p", "model", "0", None)])
+    check_compatible(Encoding(None, None), [parent_of("model.path")])
+    check_compatible(ENCODING, [parent_of("x", "run", tokenizer=OTHER)])
+
+
+@pytest.mark.parametrize(
+    ("parent", "words"),
+    [
+        (
+            parent_of("model.path", template=OTHER),
+            [
+                "model.path: the model of runs/p has another chat template (cccccccc) than this "
+                "run (bbbbbbbb)",
+                "what it learned is tied to the one it was trained with",
+                "Set model.chat_template to the same in both",
+            ],
+        ),
+        (
+            parent_of("model.path", tokenizer=OTHER, vocab_size=49152),
+            ["another tokenizer (cccccccc) than this run (aaaaaaaa), 49152 tokens and not 260;"],
+        ),
+        (
+            parent_of("rewards.0.path", tokenizer=OTHER),
+            [
+                "rewards.0.path: the reward model of runs/p has another tokenizer",
+                "of the same 260 tokens in number",
+                "tokens that mean something else",
+            ],
+        ),
+        (
+            parent_of("algorithm.critic.path", tokenizer=OTHER, vocab_size=None),
+            ["the critic of runs/p has another tokenizer (cccccccc) than this run (aaaaaaaa);"],
+        ),
+        (
+            parent_of("data.path", "data", template=OTHER),
+            ["data.path: the data of runs/p has another chat template", "texts were made"],
+        ),
+    ],
+)
+def test_a_mismatch_is_refused_with_its_reason(parent: ParentRecord, words: list[str]) -> None:
+    with pytest.raises(UserInputError) as caught:
+        check_compatible(ENCODING, [parent_of("model.path"), parent])
+    assert len(str(caught.value).splitlines()) == 1
+    for part in words:
+        assert part in str(caught.value)
+
+
+def test_all_mismatches_are_named_at_once() -> None:
+    both = parent_of("model.path", tokenizer=OTHER, template=OTHER)
+    with pytest.raises(UserInputError) as caught:
+        check_compatible(ENCODING, [both, parent_of("rewards.0.path", template=OTHER)])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_encoding_is_read_from_the_end_of_a_run_or_from_its_start(tmp_path: Path) -> None:
+    run = begin(sft(tmp_path, "one"), tokenizer_hash=OTHER)
+    assert encoding_of(run.path) == Encoding(OTHER, C)
+    finish(run, "1")
+    assert encoding_of(run.path) == ENCODING
+    unknown = begin(sft(tmp_path, "two"), tokenizer_hash=None, template_hash=None)
+    assert encoding_of(unknown.path) is None
+
+
+# -- pipelines --------------------------------------------------------------------------------
+
+PIPELINE = """
+run: {{name: pipe, dir: '{folder}'}}
+stages:
+  - {{name: first, recipe: tiny/sft}}
+  - {{name: aside, recipe: tiny/sft}}
+  - name: last
+    recipe: tiny/sft
+    set: {{model.path: "${{stages.first.model}}"}}
+compare: {{tasks: [{{type: held_out_loss}}]}}
+"""
+
+
+class Stages:
+    """Stands in for training and evaluation: notes what was asked for, leaves a run's files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trained: list[str] = []
+        self.compared: list[tuple[str, str | None]] = []
+        self.weights: dict[str, str] = {}
+        monkeypatch.setattr(pipeline_module, "train", self.train)
+        monkeypatch.setattr(pipeline_module, "evaluate_model", self.evaluate)
+        monkeypatch.setattr(pipeline_module, "write_report", lambda directory: None)
+        monkeypatch.setattr(pipeline_module, "check_expectations", lambda directory: None)
+        tables = SimpleNamespace(get=lambda *_: lambda *_: "a table")
+        monkeypatch.setattr(pipeline_module, "registry", tables)
+
+    def train(self, recipe: Recipe, *, parents: Sequence[str] = (), **_: Any) -> RunDirectory:
+        path = Path(recipe.run.dir) / recipe.run.name
+        if (path / "finished.json").is_file():
+            return RunDirectory.open(path)
+        self.trained.append(recipe.run.name)
+        run = begin(recipe)
+        assert run.read_info()["parents"] == list(parents)
+        return finish(run, self.weights.get(recipe.run.name, recipe.run.name))
+
+    def evaluate(
+        self, recipe: Recipe, path: str, tasks: Any, *, seed: int, reference: str | None
+    ) -> dict[str, Any]:
+        self.compared.append((path, reference))
+        return {"held_out_loss": SimpleNamespace(metrics={"loss": 1.0})}
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    return Stages(monkeypatch)
+
+
+def pipeline(folder: Path, old: str = "", new: str = "") -> PipelineRecipe:
+    text = PIPELINE.format(folder=folder)
+    assert old in text
+    recipe = parse_recipe(text.replace(old, new))
+    assert isinstance(recipe, PipelineRecipe)
+    return recipe
+
+
+def remove(run: Path) -> None:
+    for path in sorted(run.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    run.rmdir()
+
+
+def test_parents_are_the_stages_referred_to(tmp_path: Path, stages: Stages) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    parents = {
+        name: RunDirectory.open(run.path / "stages" / name).read_info()["parents"]
+        for name in ("first", "aside", "last")
+    }
+    assert parents == {"first": [], "aside": [], "last": [str(run.path / "stages" / "first")]}
+
+
+def test_finished_stages_with_unchanged_inputs_are_skipped(tmp_path: Path, stages: Stages) -> None:
+    run_pipeline(pipeline(tmp_path))
+    assert stages.trained == ["first", "aside", "last"]
+    assert len(stages.compared) == 4
+    run_pipeline(pipeline(tmp_path))
+    assert stages.trained == ["first", "aside", "last"]
+    assert len(stages.compared) == 4
+
+
+def test_a_stage_whose_parent_came_out_otherwise_is_refused(tmp_path: Path, stages: Stages) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    first, last = run.path / "stages" / "first", run.path / "stages" / "last"
+    remove(first)
+    stages.weights["first"] = "others"
+    with pytest.raises(UserInputError, match=r"stage 'last' was made from what has changed") as e:
+        run_pipeline(pipeline(tmp_path))
+    assert f"delete {last} to run it again" in str(e.value)
+    assert stages.trained[3:] == ["first"]
+    assert (last / "model" / "model.safetensors").read_text() == "last"
+    remove(last)
+    stages.compared.clear()
+    run_pipeline(pipeline(tmp_path))
+    assert stages.trained[4:] == ["last"]
+    assert len(stages.compared) == 4  # the tables were of models that are no more
+
+
+def test_a_stage_that_comes_out_the_same_again_changes_nothing(
+    tmp_path: Path, stages: Stages
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    remove(run.path / "stages" / "first")
+    stages.compared.clear()
+    run_pipeline(pipeline(tmp_path))
+    assert stages.trained[3:] == ["first"]
+    assert stages.compared == []
+
+
+def test_an_edited_model_is_noticed(tmp_path: Path, stages: Stages) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    change(run.path / "stages" / "first" / "model" / "model.safetensors", "edited")
+    with pytest.raises(UserInputError, match="stage 'last' was made from what has changed since"):
+        run_pipeline(pipeline(tmp_path))
+
+
+def test_an_interrupted_stage_is_not_continued_on_another_parent(
+    tmp_path: Path, stages: Stages
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    (run.path / "stages" / "last" / "finished.json").unlink()
+    change(run.path / "stages" / "first" / "model" / "model.safetensors", "edited")
+    with pytest.raises(UserInputError, match="stage 'last' was made from what has changed since"):
+        run_pipeline(pipeline(tmp_path))
+
+
+def test_stages_of_an_older_version_are_taken_and_said_to_be(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    last = RunDirectory.open(run.path / "stages" / "last")
+    text = last.info.read_text().replace('"inputs"', '"not-inputs"')
+    last.info.write_text(text)
+    capsys.readouterr()
+    run_pipeline(pipeline(tmp_path))
+    assert "stage 'last' did not record its inputs" in capsys.readouterr().out
+
+
+def test_the_comparison_is_of_base_and_every_stage(tmp_path: Path, stages: Stages) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    of_stage = {n: str(run.path / "stages" / n / "model") for n in ("first", "aside", "last")}
+    assert stages.compared == [("tiny-random", None), *((p, None) for p in of_stage.values())]
+
+
+def test_the_comparison_can_be_of_some_and_from_a_reference(tmp_path: Path, stages: Stages) -> None:
+    options = 'compare: {{models: [last, base], reference: "${{stages.first.model}}", '.format()
+    run = run_pipeline(pipeline(tmp_path, "compare: {", options))
+    folder = run.path / "stages"
+    reference = str(folder / "first" / "model")
+    expected = [(str(folder / "last" / "model"), reference), ("tiny-random", reference)]
+    assert stages.compared == expected
+
+
+def test_a_stage_offers_what_it_made(tmp_path: Path) -> None:
+    run = begin(sft(tmp_path, "one"))
+    assert stage_outputs(run.path) == {"run": str(run.path)}
+    finish(run, "1", data="{}\n")
+    made = {"run": run.path, "model": run.model_dir, "data": run.data}
+    assert stage_outputs(run.path) == {name: str(path) for name, path in made.items()}
