@@ -29,9 +29,17 @@ T = TypeVar("T")
 _BUILTIN: dict[str, dict[str, str]] = {
     "trainer": {
         "sft": "alignment.trainers.sft:SFTTrainer",
+        "reward_model": "alignment.trainers.reward:RewardModelTrainer",
+        "process_reward_model": "alignment.trainers.process_reward:ProcessRewardTrainer",
         "grpo": "alignment.trainers.grpo:GRPOTrainer",
         "rlvr": "alignment.trainers.grpo:GRPOTrainer",
         "ppo": "alignment.trainers.ppo:PPOTrainer",
+        "dpo": "alignment.trainers.dpo:DPOTrainer",
+        "kto": "alignment.trainers.kto:KTOTrainer",
+        "online_dpo": "alignment.trainers.online_dpo:OnlineDPOTrainer",
+        "rejection_sampling": "alignment.trainers.make_data:DataMaker",
+        "preference_sampling": "alignment.trainers.make_data:DataMaker",
+        "raft": "alignment.trainers.raft:RAFTTrainer",
     },
     "engine": {
         "native": "alignment.rollout.native:NativeEngine",
@@ -41,9 +49,14 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "reward": {},
     "source": {
         "arithmetic": "alignment.data.arithmetic:arithmetic",
+        "arithmetic_pairs": "alignment.data.arithmetic_pairs:arithmetic_pairs",
+        "arithmetic_pairs": "alignment.data.arithmetic_errors:arithmetic_pairs",
+        "arithmetic_steps": "alignment.data.arithmetic_errors:arithmetic_steps",
         "file": "alignment.data.sources:file",
         "hub": "alignment.data.sources:hub",
+        "package": "alignment.data.package_data:package",
         "reasoning_gym": "alignment.data.procedural:reasoning_gym",
+        "review_continuations": "alignment.data.reviews:review_continuations",
     },
     "task": {},
     "report": {},

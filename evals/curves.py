@@ -54,7 +54,12 @@ CURVES: tuple[Curves, ...] = (
     Curves(
         "Implicit rewards",
         "reward",
-        (("reward/chosen", "chosen"), ("reward/rejected", "rejected")),
+        (
+            ("reward/chosen", "chosen"),
+            ("reward/rejected", "rejected"),
+            ("reward/desirable", "desirable"),
+            ("reward/undesirable", "undesirable"),
+        ),
     ),
     Curves(
         "Pairs or steps judged right",
@@ -67,9 +72,13 @@ CURVES: tuple[Curves, ...] = (
         ),
         SHARE,
     ),
-    # The margin hides that both may fall, so the two stand side by side.
+    # The margin hides that both sides may fall, so each has a chart of its own.
     Curves("Log-probability of chosen", "nats per completion", (("logps/chosen", "chosen"),)),
     Curves("Log-probability of rejected", "nats per completion", (("logps/rejected", "rejected"),)),
+    Curves("Log-probability of desirable", "nats per completion", (("logps/desirable", "mean"),)),
+    Curves(
+        "Log-probability of undesirable", "nats per completion", (("logps/undesirable", "mean"),)
+    ),
     Curves(
         "Preference margin",
         "chosen minus rejected",
@@ -100,13 +109,13 @@ CURVES: tuple[Curves, ...] = (
     Curves(
         "Value loss",
         "squared error",
-        (("value/loss", "loss"), ("value_loss", "loss"), ("value/squared_error", "unclipped")),
+        (("critic/loss", "loss"), ("value/squared_error", "squared error, unclipped")),
         NON_NEGATIVE,
     ),
     Curves(
         "Explained variance of the critic",
         "share of variance",
-        (("value/explained_variance", "explained"), ("explained_variance", "explained")),
+        (("explained_variance", "explained"),),
         (None, 1.0),
     ),
     Curves(
@@ -132,17 +141,13 @@ CURVES: tuple[Curves, ...] = (
     Curves(
         "Gradient norm",
         "norm before clipping",
-        (
-            ("grad_norm", "gradient norm"),
-            ("grad_norm/policy", "policy"),
-            ("grad_norm/critic", "critic"),
-        ),
+        (("grad_norm", "gradient norm"), ("critic/optim/grad_norm", "critic")),
         NON_NEGATIVE,
     ),
     Curves(
         "Learning rate",
         "learning rate",
-        (("lr", "rate"), ("lr/policy", "policy"), ("lr/critic", "critic")),
+        (("lr", "rate"), ("critic/optim/lr", "critic")),
         NON_NEGATIVE,
     ),
     Curves(

@@ -14,6 +14,7 @@ Ends = tuple[float, float] | None
 Box = tuple[float, float, float, float]
 
 _LETTER, _ROW = 7.2, 18.0  # width of a letter and height of a row of the legend, in pixels
+_LABEL_LETTER = 8.0  # labels are mostly digits and signs, which are wide
 _GAP = 18.0
 _DOWN = (-7, -18, 5, -26, 13)  # tops of a label beside its mark, in pixels below it
 _RADIUS = {"large": 5.0, "small": 3.2}
@@ -167,7 +168,7 @@ def _drawn(track: Track, frame: Frame) -> list[Box]:
 
 def _place(mark: Mark, frame: Frame, taken: Sequence[Box]) -> Box | None:
     """The first free box for the label around its mark, those on the right first."""
-    x, y, wide = frame.x(mark.x), frame.y(mark.y), _LETTER * len(mark.label)
+    x, y, wide = frame.x(mark.x), frame.y(mark.y), _LABEL_LETTER * len(mark.label)
     beside = [(left, y + down) for left in (x + 7, x - 7 - wide) for down in _DOWN]
     for left, top in (*beside, (x - wide / 2, y - 20), (x - wide / 2, y + 7)):
         box = (left, top, left + wide, top + 13)

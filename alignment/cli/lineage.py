@@ -6,18 +6,12 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
-from rich.tree import Tree
 
 from alignment.cli.common import lazy
 from alignment.cli.verify import RunFolder
 
 if TYPE_CHECKING:
-    from alignment.runs.ancestry import Ancestry, Link, Node
-
-_DIGITS = 8
-_UNWRAPPED = 10_000
+    from alignment.runs.ancestry import Ancestry
 
 
 def lineage(
@@ -35,78 +29,4 @@ def lineage(
     if as_json:
         typer.echo(json.dumps(ancestry.as_json(), indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _UNWRAPPED  # whoever filters lines wants them whole
-    console.print(render(ancestry))
-
-
-def render(ancestry: Ancestry) -> Tree:
-    """The tree of an ancestry; a run that is in it twice is described once."""
-    shown: set[str] = set()
-    root = ancestry.nodes[ancestry.root]
-    tree = Tree(_describe(root))
-    _grow(tree, ancestry.root, ancestry, shown)
-    return tree
-
-
-def _grow(tree: Tree, key: str, ancestry: Ancestry, shown: set[str]) -> None:
-    shown.add(key)
-    node = ancestry.nodes[key]
-    for stage in node.stages:
-        _grow_branch(tree, stage, Text(), ancestry, shown)
-    for link in node.parents:
-        _grow_branch(tree, link.target, _arrow(link), ancestry, shown)
-
-
-def _grow_branch(tree: Tree, target: str, label: Text, ancestry: Ancestry, shown: set[str]) -> None:
-    node = ancestry.nodes[target]
-    if target in shown and node.kind != "model":
-        tree.add(label + Text(node.name, style="bold") + Text(" (described above)", style="dim"))
-    else:
-        _grow(tree.add(label + _describe(node)), target, ancestry, shown)
-
-
-def _arrow(link: Link) -> Text:
-    """Which setting leads to a parent, and whether it still holds what it held."""
-    what = f"{link.key or link.output}: "
-    text = Text(what, style="cyan")
-    if link.state == "changed":
-        then, now = (link.recorded or "")[:_DIGITS], (link.current or "")[:_DIGITS]
-        text += Text(f"[changed since: {link.output} {then} then, {now} now] ", style="bold yellow")
-    if link.state == "missing":
-        text += Text(f"[missing: {link.output} {(link.recorded or '?')[:_DIGITS]}] ", "bold red")
-    return text
-
-
-def _describe(node: Node) -> Text:
-    text = Text(node.name, style="bold")
-    if node.kind == "model":
-        return text + Text(" (base model)")
-    if node.kind == "missing":
-        return text + Text(f" {_reason(node)}", style="red")
-    facts = [node.method or node.kind]
-    if node.kind == "pipeline":
-        facts.append(f"{len(node.stages)} stages")
-    if node.steps is not None:
-        facts.append(f"{node.steps} steps")
-    if not node.finished:
-        facts.append("not finished")
-    if node.time is not None:
-        facts.append(node.time[:16].replace("T", " "))
-    text += Text(f"  {', '.join(facts)}")
-    hashes = [f"{name} {value[:_DIGITS]}" for name, value in _hashes(node).items()]
-    return text + Text("\n" + "  ".join(hashes), style="dim") if hashes else text
-
-
-def _hashes(node: Node) -> dict[str, str]:
-    """What the run made, how it read text, and the data it learned from."""
-    made = {f"made {name}": value for name, value in node.made.items()}
-    used = {name: node.used[name] for name in ("tokenizer", "template") if name in node.used}
-    data = {"from data": node.used["data"]} if "data" in node.used else {}
-    start = {"from weights": node.used["model"]} if "model" in node.used and not made else {}
-    return made | start | used | data
-
-
-def _reason(node: Node) -> str:
-    return f"(no run at {node.path})" if node.problem is None else f"({node.problem})"
+    lazy("alignment.cli.lineage_tree:show")(ancestry)

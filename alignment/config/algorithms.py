@@ -23,21 +23,32 @@ from alignment.types import UserInputError
 _METHODS = "alignment.config.methods"
 BUILT_IN: dict[str, str] = {
     "sft": f"{_METHODS}.sft:SFTConfig",
+    "reward_model": f"{_METHODS}.reward_model:RewardModelConfig",
+    "process_reward_model": f"{_METHODS}.reward_model:ProcessRewardModelConfig",
     "grpo": f"{_METHODS}.grpo:GRPOConfig",
     "rlvr": f"{_METHODS}.grpo:GRPOConfig",
     "ppo": f"{_METHODS}.ppo:PPOConfig",
+    "dpo": f"{_METHODS}.dpo:DPOConfig",
+    "kto": f"{_METHODS}.kto:KTOConfig",
+    "online_dpo": f"{_METHODS}.online_dpo:OnlineDPOConfig",
+    "rejection_sampling": f"{_METHODS}.make_data:RejectionSamplingConfig",
+    "preference_sampling": f"{_METHODS}.make_data:PreferenceSamplingConfig",
+    "raft": f"{_METHODS}.raft:RAFTConfig",
 }
 """The section of each built-in method, imported when a recipe names it."""
 
 
 def default_reference(algorithm: Mapping[str, Any]) -> str | None:
     """The reference mode of a method that does without by default ("none"); None where the model
-    decides."""
+    decides. A section may say so of itself, by an attribute `uses_reference` that is False."""
     try:
-        section = _model(algorithm.get("type"))
-    except UserInputError:
+        model = _model(algorithm.get("type"))
+        if needs_of(model).reference == "never":
+            return "none"
+        section = _checked(model, dict(algorithm))
+    except (UserInputError, PydanticValidationError):
         return None
-    return "none" if needs_of(section).reference == "never" else None
+    return None if getattr(section, "uses_reference", True) else "none"
 
 
 def _validate(value: Any) -> BaseModel:

@@ -39,6 +39,11 @@ def cautions(recipe: Recipe) -> list[str]:
         reward.weight == 0.0 for reward in recipe.rewards
     ):
         found.append("rewards: every weight is 0, so there is nothing to learn from")
+    mode = recipe.model.reference.mode
+    if mode != "none" and not getattr(recipe.algorithm, "uses_reference", True):
+        found.append(
+            f"model.reference: the loss looks at no reference, so {mode} is never scored; use none"
+        )
     if recipe.model.dtype != "float32" and recipe.model.master_dtype == "none":
         found.append(
             f"model.master_dtype: none with {recipe.model.dtype} weights loses updates smaller "
@@ -114,6 +119,18 @@ def _reference_is_there(recipe: Recipe) -> Problems:
             ("model", "reference"),
             f"precomputed is for offline methods; {_name(recipe)} samples new completions. "
             "Use frozen_copy, or adapter_off with model.lora",
+        )
+    if mode == "precomputed" and needs_of(recipe.algorithm).data == "labelled":
+        yield problem(
+            ("model", "reference"),
+            f"precomputed is for preference pairs; {_name(recipe)} compares other pairs of prompt "
+            "and completion at each step. Use frozen_copy, or adapter_off with model.lora",
+        )
+    if mode == "none" and getattr(recipe.algorithm, "uses_reference", False):
+        yield problem(
+            ("model", "reference"),
+            f"{_name(recipe)} compares with a reference, and this is none; use frozen_copy, or "
+            "adapter_off with model.lora",
         )
     kl = getattr(recipe.algorithm, "kl", None)
     if mode == "none" and kl is not None and kl.coef > 0.0:

@@ -52,24 +52,53 @@ def arithmetic(
     Raises:
         UserInputError: an option out of range, or fewer distinct problems than `size`.
     """
+    return [
+        problem_row(problem, question)
+        for problem in draw_problems(operation, operands, low, high, size, seed, question)
+    ]
+
+
+Problem = tuple[tuple[int, ...], tuple[str, ...]]
+"""Operands, and the signs between them."""
+
+
+def draw_problems(
+    operation: Operation,
+    operands: int,
+    low: int,
+    high: int,
+    size: int | None,
+    seed: int,
+    question: str,
+) -> list[Problem]:
+    """The problems of `arithmetic`, in its order.
+
+    Raises:
+        UserInputError: as `arithmetic`.
+    """
     _check(operands, low, high, size, question)
     signs = _SIGNS[operation]
     total = (high - low + 1) ** operands * len(signs) ** (operands - 1)
     if size is None and total > 1_000_000:
         raise UserInputError(f"arithmetic: there are {total} problems; set size")
     wanted = total if size is None else size
-    rows: list[Row] = []
     if not 0 < wanted <= total:
         raise UserInputError(
             f"arithmetic: {total} distinct problems, {wanted} asked for; lower size, or widen "
             "low..high"
         )
-    for number in random.Random(seed).sample(range(total), wanted):
-        rows.append(_row(_problem(number, operands, low, high, signs), question))
-    return rows
+    numbers = random.Random(seed).sample(range(total), wanted)
+    return [_problem(number, operands, low, high, signs) for number in numbers]
 
 
-Problem = tuple[tuple[int, ...], tuple[str, ...]]
+def worked_lines(problem: Problem, slip: tuple[int, int] | None = None) -> list[str]:
+    """A worked solution, one line per operation.
+
+    Args:
+        slip: (number of an operation, what its result is off by): a mistake that later lines carry
+            on with.
+    """
+    return [f"{before} = {after}" for before, after in pairwise(_steps(problem, slip))]
 
 
 def _problem(number: int, operands: int, low: int, high: int, signs: tuple[str, ...]) -> Problem:
@@ -96,18 +125,19 @@ def _canonical(problem: Problem) -> object:
     return sorted((sign, sorted(factors)) for sign, factors in terms)
 
 
-def _row(problem: Problem, question: str) -> Row:
+def problem_row(problem: Problem, question: str) -> Row:
+    """The row of `arithmetic` for one problem."""
     steps = _steps(problem)
     return {
         "question": question.replace("{expression}", steps[0]),
         "answer": steps[-1],
-        "completion": "\n".join(f"{before} = {after}" for before, after in pairwise(steps)),
+        "completion": "\n".join(worked_lines(problem)),
         "expression": steps[0],
         "split_key": repr(_canonical(problem)),
     }
 
 
-def _steps(problem: Problem) -> list[str]:
+def _steps(problem: Problem, slip: tuple[int, int] | None = None) -> list[str]:
     """The expression, reduced by one operation at a time: products first, then left to right."""
     values, signs = list(problem[0]), list(problem[1])
     steps = [_expression(values, signs)]
@@ -115,6 +145,8 @@ def _steps(problem: Problem) -> list[str]:
         at = signs.index("*") if "*" in signs else 0
         left, right = values[at], values[at + 1]
         result = {"+": left + right, "-": left - right, "*": left * right}[signs[at]]
+        if slip is not None and slip[0] == len(steps) - 1:
+            result += slip[1]
         values[at : at + 2] = [result]
         del signs[at]
         steps.append(_expression(values, signs))

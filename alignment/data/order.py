@@ -127,9 +127,9 @@ def _identity(row: Mapping[str, Any], by: str) -> str:
     for column in ("split_key", "prompt", "question") if by == "prompt" else ():
         if column in row:
             return _digest(_canonical(row[column]))
-    messages = row.get("messages")
-    if by == "prompt" and isinstance(messages, list):
-        return _digest(_canonical(_before_first_answer(messages)))
+    for column in ("messages", "chosen") if by == "prompt" else ():
+        if isinstance(row.get(column), list):
+            return _digest(_canonical(_before_first_answer(row[column])))
     return _digest(_canonical(row))
 
 

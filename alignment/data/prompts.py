@@ -66,6 +66,18 @@ def build_prompts(
     return prompts, tally.report()
 
 
+def prompt_column(row: Mapping[str, Any]) -> Any:
+    """What a row asks, as it stands in the data: the `prompt` column of a row made from this one.
+
+    Raises:
+        UserInputError: the row has no prompt.
+    """
+    for column in ("prompt", "question"):
+        if column in row:
+            return row[column]
+    return prompt_of(row, chat=True)
+
+
 def draw_prompts(prompts: Sequence[Prompt], order: DataOrder, k: int) -> list[Prompt]:
     """The next `k` prompts of `order`, with `index` set to the draw's: unique within a run."""
     return [replace(prompts[row], index=draw) for draw, row in order.take(k)]

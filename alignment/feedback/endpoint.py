@@ -163,7 +163,7 @@ class EndpointChatModel:
             too_long = wait > self._max_wait_seconds
             if not attempt.again or n_attempts > self._retries or too_long:
                 break
-            if call.interrupted.wait(wait):
+            if call.pause(wait):
                 break
         return self._described(attempt.reply, n_attempts)
 
@@ -217,6 +217,10 @@ class _Call:
     @property
     def nobody_there(self) -> bool:
         return self._lost_in_a_row >= _NOBODY_THERE
+
+    def pause(self, seconds: float) -> bool:
+        """Wait; True where the caller gave up meanwhile."""
+        return self.interrupted.wait(seconds)
 
     def count(self, reply: Reply) -> None:
         with self._lock:

@@ -126,7 +126,7 @@ def mixed_preference_loss(
     """Weighted sum of preference losses of the same pairs, `[B]`: sum_k weights[k] loss_k.
 
     Mixed preference optimization (Wang et al. 2024, MPO) is {sigmoid: 0.8, bco: 0.2, nll: 1}. The
-    same as trl's `loss_type` and `loss_weights` lists.
+    same as trl's `loss_type` and `loss_weights` lists, but for its `sft` (see `nll_coef`).
 
     Args:
         weights: weight above 0 of each kind, and under the name `nll` of the chosen completion's

@@ -211,6 +211,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if backend is not None:
         spec |= {"truncation": None, "padding": None}
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    special.pop("pad_token", None)  # masks come from lengths, so it may be any
     return _sha256({"spec": spec, "special": special})
 
 

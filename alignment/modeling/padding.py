@@ -12,24 +12,27 @@ logger = logging.getLogger(__name__)
 def give_own_padding(tokenizer: Any, n_embeddings: int) -> Any:
     """A copy of `tokenizer` whose padding token ends no text.
 
-    Where padding is EOS, a search for the last token that is not padding stops before the EOS that
-    belongs to the text. Another of the tokenizer's special tokens takes its place: one that is not
-    BOS and that the chat template does not write, by preference one called padding, or the unknown
-    token. The vocabulary stays as it is; where it has no such token there is a warning, and padding
-    stays EOS.
+    Where padding is EOS, or a token that the chat template writes, a search for the last token that
+    is not padding stops before the one that ends the text. Another of the tokenizer's special
+    tokens takes its place: one that is neither of them nor BOS, by preference one called padding,
+    or the unknown token. The vocabulary stays as it is; where it has no such token there is a
+    warning, and padding stays what it was.
 
     Args:
         n_embeddings: the model's tokens; those beyond have no embedding.
     """
     own = copy.deepcopy(tokenizer)
-    if own.pad_token_id is not None and own.pad_token_id != own.eos_token_id:
+    written = str(own.chat_template or "")
+    padding = own.pad_token
+    if padding is not None and own.pad_token_id != own.eos_token_id and padding not in written:
         return own
     spare = _spare_tokens(own, n_embeddings)
     if not spare:
         logger.warning(
-            "the tokenizer pads with EOS and has no other token to pad with: in padded batches, "
-            "AutoModelForSequenceClassification would read the token before EOS. Score one row at "
-            "a time there, or add a padding token to the base model"
+            "the tokenizer pads with %s, which also ends texts, and has no other token for it: in "
+            "padded batches, AutoModelForSequenceClassification would read the token before the "
+            "last. Score one row at a time there, or add a padding token to the base model",
+            padding,
         )
         return own
     own.pad_token = spare[0]

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
-from transformers.utils import cached_file
-from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+from transformers.utils.hub import cached_file
+from transformers.utils.logging import get_verbosity, set_verbosity
 
 from alignment.modeling.catalog import resolve
 from alignment.modeling.export import merged_copy
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 HEAD = "score.weight"
 """Name of the head's weight, as `AutoModelForSequenceClassification` has it."""
+
+SCORE_NORMALIZATION = "score_normalization.json"
+"""Beside a model: mean, standard deviation and count of its scores in training."""
 
 Initial = Literal["normal", "zero"]
 
@@ -181,7 +184,7 @@ def _load_decoder(
 def _quiet() -> Iterator[None]:
     """Without transformers' table of weights that the decoder alone has no use for."""
     before = get_verbosity()
-    set_verbosity_error()
+    set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ _RESERVED = ("step", "nonfinite")
 
 @dataclass
 class MetricSums:
-    """Metrics of one step while it runs: means as (total, count), and maxima.
+    """Metrics of one step while it runs: means as (total, count), maxima, and counts.
 
     A mean of means is wrong where the parts differ in size, so micro-batches and processes hand
     in totals and counts, and the division happens once, in `result`.
@@ -31,6 +31,7 @@ class MetricSums:
 
     means: dict[str, tuple[float, float]] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: float, count: float = 1) -> None:
         """Add `count` observations that sum to `total`."""
@@ -48,17 +49,23 @@ class MetricSums:
         old = self.maxima.get(name, -math.inf)
         self.maxima[name] = math.nan if math.isnan(old) or math.isnan(value) else max(old, value)
 
+    def add_count(self, name: str, amount: float) -> None:
+        """Add to a count, which is reported as it is, summed over micro-batches and processes."""
+        self.counts[name] = self.counts.get(name, 0.0) + amount
+
     def merge(self, other: MetricSums) -> None:
         """Add what another micro-batch or process measured."""
         for name, (total, count) in other.means.items():
             self.add(name, total, count)
         for name, value in other.maxima.items():
             self.add_max(name, value)
+        for name, amount in other.counts.items():
+            self.add_count(name, amount)
 
     def result(self) -> dict[str, float]:
         """Name to number. A mean over nothing was not measured, and is left out."""
         means = {name: total / count for name, (total, count) in self.means.items() if count}
-        return means | self.maxima
+        return means | self.maxima | self.counts
 
 
 class MetricsWriter:

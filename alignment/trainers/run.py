@@ -76,7 +76,7 @@ def train(
         start = _resume(directory, trainer, context, resume) if exists else 0
         context.events.write("start", f"training from step {start}", step=start)
         Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), start).run()
-        _finish(directory, context, trainer.total_steps)
+        _finish(directory, context, trainer)
     except UserInputError:
         if distributed.is_main and not exists:
             _withdraw(directory)
@@ -168,29 +168,34 @@ def _withdraw(directory: RunDirectory) -> None:
         shutil.rmtree(directory.path)
 
 
-def _finish(directory: RunDirectory, context: TrainingContext, steps: int) -> None:
+def _finish(directory: RunDirectory, context: TrainingContext, trainer: Trainer) -> None:
     """Save the model, check expectations, write the report."""
     if not context.distributed.is_main:
         return
     if needs_of(context.recipe.algorithm).trains:
-        _save_model(directory, context)
+        _save_model(directory, context, trainer)
         made = "the model"
     else:
         made = f"{MadeData(directory.made_dir).join(directory.data)} rows in {directory.data.name}"
+    steps = trainer.total_steps
     context.events.write("end", f"finished after {steps} steps: {made}")
     write_atomic(directory.path / FINISHED, json.dumps({"steps": steps}) + "\n")
     write_report(directory)
     check_expectations(directory)
 
 
-def _save_model(directory: RunDirectory, context: TrainingContext) -> None:
+def _save_model(directory: RunDirectory, context: TrainingContext, trainer: Trainer) -> None:
+    """The weights, and what a trainer with a method `extra_files(folder)` puts beside them."""
     model = context.trained.model
+    extra_files = getattr(trainer, "extra_files", None)
     with readable_errors("save the model to", directory.model_dir):
         try:
             if isinstance(model, ScalarModel):
                 save_scalar_model(model, context.tokenizer, directory.model_dir)
             else:
                 save_policy(model.model, context.tokenizer, directory.model_dir)
+            if callable(extra_files):
+                extra_files(directory.model_dir)
         except SafetensorError as error:  # how safetensors says that the disk is full
             raise AlignmentError(
                 f"cannot save the model to {directory.model_dir}: {error}; make room and give the "

@@ -52,7 +52,7 @@ class TokenizedForms:
                 malformed; or the model's stop token would not be trained.
         """
         form = needs_of(self.recipe.algorithm).data
-        if form == "samples":
+        if form == "samples" and self.recipe.data.style != "plain":
             stop_ids = stop_token_ids(self.tokenizer, self.generation_config)
             check_stop_token_trained(self.tokenizer, stop_ids)
         built, report = _BUILDERS[form](rows, self.tokenizer, **self._options(form))

@@ -1,4 +1,4 @@
-"""Preference and reward-model losses and their gradients against trl's own trainers.
+"""Preference losses and their gradients against trl's own trainers.
 
 trl's loss methods are called unbound, on a stand-in `self` that holds just the attributes they
 read, and a stand-in model that returns given log-probabilities: nothing of ours is in the oracle.
@@ -18,7 +18,6 @@ from alignment.losses import (
     DIVERGENCE_KINDS,
     PREFERENCE_KINDS,
     SequenceLoss,
-    bradley_terry_loss,
     desensitized_sums,
     kto_kl,
     kto_loss,
@@ -28,7 +27,7 @@ from alignment.losses import (
 
 pytest.importorskip("trl")
 
-from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl import DPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -389,39 +388,3 @@ def test_kto(loss_type: str, drift: float) -> None:
         for what, theirs_what in {"reward": "rewards", "logps": "logps"}.items():
             value = loss.metrics[f"{what}/{name}"].value()
             assert value == pytest.approx(logged[f"{theirs_what}/{their_name}"][0], abs=1e-6)
-
-
-# ---------------------------------------------------------------- reward model
-
-
-@pytest.mark.parametrize("with_margin", [False, True])
-@pytest.mark.parametrize("center", [None, 0.01])
-def test_reward_model(with_margin: bool, center: float | None) -> None:
-    scores = torch.tensor([1.5, -0.2, 0.4, 0.9, -0.1, 0.3])
-    margin = torch.tensor([0.5, 0.0, 1.0])
-    theirs_in, ours_in = scores.clone().requires_grad_(), scores.clone().requires_grad_()
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=False),
-        args=SimpleNamespace(center_rewards_coefficient=center),
-        accelerator=accelerator(),
-        _metrics=metrics(),
-        _total_train_tokens=0,
-    )
-    inputs: dict[str, Any] = {"margin": margin} if with_margin else {}
-    theirs = RewardTrainer.compute_loss(
-        trainer, lambda **_: SimpleNamespace(logits=theirs_in[:, None]), inputs
-    )
-    theirs.backward()
-    loss = bradley_terry_loss(
-        ours_in[:3],
-        ours_in[3:],
-        margin=margin if with_margin else None,
-        center_coef=center or 0.0,
-    )
-    ours = loss.per_sequence.mean()
-    ours.backward()
-    torch.testing.assert_close(ours, theirs, **TOLERANCE)
-    torch.testing.assert_close(ours_in.grad, theirs_in.grad, **TOLERANCE)
-    logged = trainer._metrics["eval"]
-    assert loss.metrics["accuracy"].value() == pytest.approx(logged["accuracy"][0])
-    assert loss.metrics["margin"].value() == pytest.approx(logged["margin"][0], abs=1e-6)

@@ -7,7 +7,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from alignment.types import (
     StopReason,
     UserInputError,
 )
-from evals.charts import run_charts
+from evals.charts import run_charts, same_scale
 from evals.compare import compare_in_run
 from evals.curves import CURVES, NAMED
 from evals.frontier import FrontierPoint, Span, read_frontiers
@@ -41,6 +41,7 @@ from evals.scatter import Mark, Track, scatter_chart
 
 PROMPTS = tuple(Prompt((1, 9, index), f"The film number {index} was", index) for index in range(24))
 TOKENS = 12
+SAMPLING = SamplingParams(TOKENS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Policy:
     drift: float
     kl: float
     rng: np.random.Generator
-    sampling: SamplingParams = SamplingParams(TOKENS)
+    sampling: SamplingParams = SAMPLING
     prompts: Sequence[Prompt] = PROMPTS
     samples: Sequence[Sample] = ()
     seed: int = 0
@@ -134,11 +135,11 @@ def ppo_metrics(steps: int, rng: np.random.Generator) -> list[dict[str, Any]]:
                 "kl/sequence": kl * (1 + 0.05 * float(rng.normal())),
                 "kl/mean": kl / TOKENS,
                 "kl/coef": 0.05 * 1.01**step,
-                "value/loss": 0.3 + math.exp(-3 * done),
-                "value/explained_variance": 0.7 * done - 0.1,
-                "value/clip_fraction": 0.08 * (1 - done),
-                "value/mean": 2 + done,
-                "return/mean": 2.2 + done,
+                "critic/loss": 0.3 + math.exp(-3 * done),
+                "critic/explained_variance": 0.7 * done - 0.1,
+                "critic/value/clip_fraction": 0.08 * (1 - done),
+                "critic/value/mean": 2 + done,
+                "critic/return/mean": 2.2 + done,
                 "policy/clip_fraction/low": 0.05 * float(rng.random()),
                 "policy/clip_fraction/high": 0.07 * float(rng.random()),
                 "policy/entropy": 2.4 - 0.9 * done,
@@ -158,12 +159,12 @@ def dpo_metrics(steps: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         rows.append(
             {
                 "loss": math.log(2) * (1 - 0.5 * done),
-                "reward/chosen": 0.4 * done - 0.6 * done**2,
-                "reward/rejected": -1.5 * done,
-                "reward/margin": 1.9 * done - 0.6 * done**2,
-                "reward/accuracy": 0.5 + 0.28 * done,
-                "logps/chosen": -80 - 6 * done + float(rng.normal()),
-                "logps/rejected": -84 - 25 * done + float(rng.normal()),
+                "dpo/reward/chosen": 0.4 * done - 0.6 * done**2,
+                "dpo/reward/rejected": -1.5 * done,
+                "dpo/reward/margin": 1.9 * done - 0.6 * done**2,
+                "dpo/reward/accuracy": 0.5 + 0.28 * done,
+                "dpo/logps/chosen": -80 - 6 * done + float(rng.normal()),
+                "dpo/logps/rejected": -84 - 25 * done + float(rng.normal()),
                 "optim/grad_norm": 1 + float(rng.random()),
                 "optim/lr": 1e-6,
             }
@@ -176,10 +177,10 @@ def rm_run(folder: Path, rng: np.random.Generator) -> None:
     rows = [
         {
             "loss": math.log(2) - 0.3 * i / 40,
-            "reward/accuracy": 0.5 + 0.25 * i / 40,
-            "reward/margin": 1.4 * i / 40,
-            "score/chosen": 0.9 * i / 40,
-            "score/rejected": -0.5 * i / 40,
+            "reward_model/accuracy": 0.5 + 0.25 * i / 40,
+            "reward_model/margin": 1.4 * i / 40,
+            "reward_model/score/chosen": 0.9 * i / 40,
+            "reward_model/score/rejected": -0.5 * i / 40,
             "optim/grad_norm": 2.0,
         }
         for i in range(1, 41)
@@ -226,3 +227,202 @@ def make_pipeline(root: Path, *, evaluated: bool = False) -> Path:
     }
     compare_in_run(results, path, "frontier")
     return path
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pipeline(tmp_path_factory.mktemp("runs"))
+
+
+def point(points: Sequence[FrontierPoint], method: str, n: int | None = None) -> FrontierPoint:
+    (found,) = [one for one in points if one.method == method and one.n == n]
+    return found
+
+
+def test_the_frontier_is_read_from_the_files_of_the_comparison(pipeline: Path) -> None:
+    (frontier,) = read_frontiers(read_run(pipeline))
+    assert (frontier.task, frontier.gold, frontier.proxy, frontier.reference) == (
+        "frontier",
+        "reward/sentiment",
+        "reward/reward_model",
+        "sft",
+    )
+    models = frontier.of_kind("model")
+    assert [one.method for one in models] == ["base", "sft", "ppo", "dpo"]
+    saved = EvalResult.load(pipeline / "evals/ppo-frontier")
+    ppo = point(models, "ppo")
+    assert ppo.kl == Span(saved.metrics["kl"], *saved.intervals["kl"])
+    gold = "reward/sentiment"
+    assert ppo.gold == Span(saved.metrics[gold], *saved.intervals[gold])
+    sft = EvalResult.load(pipeline / "evals/sft-frontier")
+    best = frontier.of_kind("best_of")
+    assert [one.n for one in best] == [1, 2, 4, 8, 16]
+    assert best[2].kl == Span(math.log(4) - 3 / 4)
+    assert best[2].gold is not None
+    assert best[2].gold.value == sft.metrics["best_of/4/reward/sentiment"]
+    assert frontier.deviation[gold] == sft.metrics["reward_std/sentiment"]
+
+
+def test_training_is_averaged_over_neighbouring_steps(pipeline: Path) -> None:
+    (frontier,) = read_frontiers(read_run(pipeline))
+    way = frontier.of_kind("training")
+    assert {one.method for one in way} == {"ppo"}  # DPO logs neither divergence nor rewards
+    assert [one.step for one in way] == list(range(3, 61, 3))
+    rows = [json.loads(line) for line in (pipeline / "stages/ppo/metrics.jsonl").open()][3:6]
+    assert way[1].kl.value == pytest.approx(sum(row["kl/sequence"] for row in rows) / 3)
+    assert way[1].proxy is not None
+    assert way[1].proxy.value == pytest.approx(sum(r["reward/reward_model"] for r in rows) / 3)
+
+
+def test_evaluations_in_training_stand_for_training_metrics(tmp_path: Path) -> None:
+    (frontier,) = read_frontiers(read_run(make_pipeline(tmp_path, evaluated=True)))
+    way = frontier.of_kind("evaluation")
+    assert [(one.method, one.step) for one in way] == [("dpo", s) for s in (0, 10, 20, 40)]
+    assert all(one.gold is not None and one.gold.low is not None for one in way)
+
+
+def test_without_the_reference_there_is_no_place_for_best_of_n(pipeline: Path) -> None:
+    run = read_run(pipeline)
+    run.evals[:] = [one for one in run.evals if not one.path.stem.startswith("sft-")]
+    (frontier,) = read_frontiers(run)
+    assert frontier.reference is None and frontier.of_kind("best_of") == []
+    view = frontier_view(frontier)
+    assert "None of the compared models is the reference" in view.notes[0]
+    assert [row[0] for row in view.rows[1:]] == ["base", "ppo", "dpo"]
+
+
+def test_names_that_begin_alike_keep_their_results(tmp_path: Path) -> None:
+    results = {"sft": evaluate(0, 0, 1), "sft-ppo": evaluate(1, 4, 2)}
+    (tmp_path / "evals").mkdir()
+    compare_in_run(results, tmp_path, "reward_kl")
+    (frontier,) = read_frontiers(read_run(tmp_path))
+    for name, result in results.items():
+        kl = point(frontier.of_kind("model"), name).kl.value
+        assert kl == pytest.approx(result.metrics["kl"], abs=1e-12)
+
+
+def test_a_run_without_such_a_comparison_has_no_frontier(tmp_path: Path) -> None:
+    _write_metrics(tmp_path, [{"loss": 1.0}])
+    assert read_frontiers(read_run(tmp_path)) == []
+    with pytest.raises(UserInputError, match="task 'reward_kl'"):
+        frontier_report(tmp_path)
+
+
+def test_the_second_figure_measures_gains_in_deviations_of_the_reference(pipeline: Path) -> None:
+    (frontier,) = read_frontiers(read_run(pipeline))
+    models = frontier.of_kind("model")
+    ppo, sft = point(models, "ppo"), point(models, "sft")
+    assert ppo.proxy is not None and sft.proxy is not None
+    gain = (ppo.proxy.value - sft.proxy.value) / frontier.deviation["reward/reward_model"]
+    _, second = frontier_view(frontier).charts
+    tip = f"ppo: proxy {gain:.4g} at {math.sqrt(ppo.kl.value):.4g}"
+    assert f"<title>{tip}</title>" in second.svg
+    assert "std. deviations" in second.svg
+    raw = frontier_view(replace(frontier, deviation={})).charts[1]
+    assert f"ppo: proxy {ppo.proxy.value:.4g} at" in raw.svg and "std. deviations" not in raw.svg
+
+
+def test_the_table_has_every_policy_and_says_what_is_a_bound(pipeline: Path) -> None:
+    (frontier,) = read_frontiers(read_run(pipeline))
+    rows = frontier_view(frontier).rows
+    assert rows[0] == [
+        "policy",
+        "n",
+        "KL, nats",
+        "95% interval",
+        "gold: sentiment",
+        "95% interval",
+        "proxy: reward_model",
+        "95% interval",
+    ]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    assert [row[0] for row in rows[1:]] == ["base", "sft", "ppo", "dpo", *["best of n"] * 5]
+    assert [row[2] for row in rows[-2:]] == ["≤ 1.20", "≤ 1.84"]
+
+
+def test_the_report_of_a_pipeline_shows_its_frontier(pipeline: Path) -> None:
+    page = html_report(pipeline).read_text(encoding="utf-8")
+    assert "Reward against divergence from sft" in page
+    assert "reward_kl: reward/sentiment with 95% intervals" in page
+    for figure in ("Gold reward (sentiment) against divergence", "Proxy and gold against"):
+        assert page.count(f"<figcaption>{figure}") == 1
+    assert "Could not be read" not in page
+    for name in ("Explained variance of the critic", "Log-probability of rejected", "Value loss"):
+        assert f"<figcaption>{name}</figcaption>" in page
+    svgs = re.findall(r'<svg class="chart".*?</svg>', page, re.DOTALL)
+    assert len(svgs) > 25
+    for svg in svgs:
+        assert "nan" not in svg and "inf" not in svg.replace("info", "")
+        ElementTree.fromstring(svg)
+
+
+def test_a_reward_models_report_has_its_reliability_diagram(pipeline: Path) -> None:
+    page = html_report(pipeline / "stages/rm").read_text(encoding="utf-8")
+    assert page.count("<figcaption>Reliability (preference, step 40)</figcaption>") == 1
+    saved = EvalResult.load(pipeline / "stages/rm/evals/preference-step-000040")
+    assert f"Expected calibration error {saved.metrics['ece']:.3f}." in page
+    assert "Held-out calibration error (preference)" in page
+
+
+def test_the_frontier_as_files(pipeline: Path) -> None:
+    data = json.loads(frontier_report(pipeline).read_text())
+    kinds = [one["kind"] for one in data[0]["points"]]
+    assert (kinds.count("model"), kinds.count("best_of"), kinds.count("training")) == (4, 5, 20)
+    for index in (1, 2):
+        source = (pipeline / f"frontier-frontier-{index}.svg").read_text(encoding="utf-8")
+        assert ElementTree.fromstring(source).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_names_of_rewards_and_stages_are_escaped() -> None:
+    hostile = "<script>&\"'"
+    svg = scatter_chart(
+        [Track(hostile, (Mark(0, 1, label=hostile, tip=hostile), Mark(9, 2)), 0, "solid")],
+        title=hostile,
+        x_label=hostile,
+        y_label=hostile,
+    )
+    assert "<script" not in svg
+    ElementTree.fromstring(svg)
+
+
+def test_labels_cover_nothing_and_are_left_out_where_there_is_no_room() -> None:
+    crowd = tuple(Mark(i / 10, 1.0, label="n=100") for i in range(200))
+    svg = scatter_chart([Track("t", crowd, 0)], title="t", x_label="x", y_label="y")
+    boxes = [
+        (float(x), float(y)) for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)">n=', svg)
+    ]
+    assert 0 < len(boxes) < 200
+    for i, (x, y) in enumerate(boxes):
+        assert all(abs(x - a) >= 39 or abs(y - b) >= 12 for a, b in boxes[:i])
+
+
+def test_a_long_legend_goes_on_in_another_row() -> None:
+    tracks = [Track(f"a method with a long name {i}", (Mark(i, i),), i) for i in range(6)]
+    svg = scatter_chart(tracks, title="t", x_label="x", y_label="y")
+    element = ElementTree.fromstring(svg)
+    names = [t for t in element.iter("text") if (t.text or "").startswith("a method")]
+    assert len({t.get("y") for t in names}) > 1
+    assert all(float(t.get("x") or 0) + 7 * len(t.text or "") < 560 for t in names)
+
+
+def test_parts_of_unlike_size_get_charts_of_their_own(pipeline: Path) -> None:
+    titles = [one.title for one in run_charts(read_run(pipeline / "stages/ppo")).main]
+    assert "Reward parts: reward_model" in titles and "Reward parts: sentiment" in titles
+    assert same_scale({"a": 1.0, "b": 5.0, "c": 0.1, "zero": 0.0}) == [["a", "b"], ["c", "zero"]]
+    assert same_scale({}) == []
+
+
+def test_a_metric_with_a_prefix_is_not_taken_for_another_that_is_named_in_full(
+    tmp_path: Path,
+) -> None:
+    _write_metrics(tmp_path, [{"loss": 1.0, "critic/loss": 2.0, "dpo/logps/chosen": -3.0}])
+    charts = {one.title: one.header for one in run_charts(read_run(tmp_path)).main}
+    assert charts["Loss"] == ("step", "loss") and charts["Value loss"] == ("step", "loss")
+    assert "Log-probability of chosen" in charts
+    lines = [name for one in CURVES for name, _ in one.lines]
+    assert len(lines) == len(set(lines)) and set(lines) <= NAMED
+
+
+def test_an_interval_moves_with_its_value() -> None:
+    assert Span(5.0, 4.0, 7.0).moved(1.0, 2.0) == Span(2.0, 1.5, 3.0)
+    assert Span(5.0).moved(1.0, 2.0) == Span(2.0)

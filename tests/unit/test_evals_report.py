@@ -32,8 +32,12 @@ from alignment.types import (
 from evals.browser import choose, printable
 from evals.charts import run_charts
 from evals.compare import compare
+from evals.frontier_charts import frontier_report
+from evals.preference_task import preference
+from evals.process_task import process
 from evals.report import html_report
 from evals.results import EvalRecord, EvalResult
+from evals.reward_kl_task import reward_kl
 from evals.rundata import read_run
 from evals.summary import summarize_graded
 from evals.svg import Series, line_chart, tick_labels, ticks
@@ -410,5 +414,12 @@ def test_plug_ins_of_this_package_are_announced() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     groups = project["entry-points"]
     tasks = {name: registry.load_target(t, "task") for name, t in groups["alignment.task"].items()}
-    assert tasks == {"verifiable": verifiable, "held_out_loss": held_out_loss}
+    assert tasks == {
+        "verifiable": verifiable,
+        "held_out_loss": held_out_loss,
+        "preference": preference,
+        "process": process,
+        "reward_kl": reward_kl,
+    }
+    assert registry.load_target(groups["alignment.report"]["frontier"], "report") is frontier_report
     assert registry.load_target(groups["alignment.report"]["html"], "report") is html_report

@@ -28,6 +28,7 @@ from chat_server import (
     slow,
 )
 
+from alignment.feedback import endpoint
 from alignment.feedback.cache import ReplyCache
 from alignment.feedback.chat_model import Failure, Reply, check_failures
 from alignment.feedback.completions import read_answer
@@ -228,12 +229,19 @@ def test_a_wait_longer_than_allowed_is_not_waited_for() -> None:
     assert (reply.failure, len(server.bodies)) == (Failure.UNAVAILABLE, 1)
 
 
-def test_waits_double_within_their_jitter() -> None:
+def test_waits_double_within_their_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(endpoint._Call, "pause", lambda call, seconds: waits.append(seconds))
     with serving(error(500, "x")) as server:
-        ask(server.url, backoff_seconds=0.08, retries=3)
-    waits = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
-    for k, waited in enumerate(waits):
-        assert 0.04 * 2**k <= waited <= 0.08 * 2**k + 0.5
+        ask(server.url, backoff_seconds=0.5, retries=8, max_wait_seconds=20.0)
+        ask(server.url, backoff_seconds=0.5, retries=8, max_wait_seconds=20.0)
+        ask(server.url, "another", backoff_seconds=0.5, retries=8, max_wait_seconds=20.0)
+    assert len(server.bodies) == 27
+    ends = [min(0.5 * 2**k, 20.0) for k in range(8)]
+    for k, end in enumerate(ends):
+        assert end / 2 <= waits[k] <= end
+    assert waits[:8] == waits[8:16]  # the jitter is seeded by the request,
+    assert waits[:8] != waits[16:]  # so that requests do not come back all at once
 
 
 @pytest.mark.parametrize("value", ["soon", "-5", "nan", "inf", ""])

@@ -98,6 +98,7 @@ def test_names_and_other_folders_are_no_inputs(
     finish(begin(sft(tmp_path, "sft")), "1")  # as the method is called
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain" / "model").mkdir(parents=True)
+    (tmp_path / "sft" / "stages").mkdir()  # where a run is kept is not what it takes
     recipe = sft(tmp_path / "sft" / "stages", "two", f"model.path={tmp_path}/plain/model")
     assert find_parents(recipe) == ()
     for template in ("{{ 1 }}/" + "x" * 5000, "{{ '/\0' }}"):
@@ -265,6 +266,7 @@ class Stages:
         monkeypatch.setattr(pipeline_module, "check_expectations", lambda directory: None)
         tables = SimpleNamespace(get=lambda *_: lambda *_: "a table")
         monkeypatch.setattr(pipeline_module, "registry", tables)
+        monkeypatch.setattr(pipeline_module, "gc", SimpleNamespace(collect=lambda: None))
 
     def train(self, recipe: Recipe, *, parents: Sequence[str] = (), **_: Any) -> RunDirectory:
         path = Path(recipe.run.dir) / recipe.run.name

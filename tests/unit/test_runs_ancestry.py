@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +211,10 @@ def test_it_answers_in_under_a_second_without_torch(pipeline: Path) -> None:
         "sys.exit(3 if {'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules) else 0)"
     )
     command = [sys.executable, "-c", code, str(pipeline)]
-    seconds = []
-    for _ in range(3):  # the quickest of three: the machine may be busy
-        began = time.monotonic()
-        done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True)
-        seconds.append(time.monotonic() - began)
-        assert done.returncode == 0, done.stderr
-        if seconds[-1] < 1.0:
-            break
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
     assert "ppo" in done.stdout
-    assert min(seconds) < 1.0
+    # The processor's time, not the clock's: the machine may be busy.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0

@@ -1,0 +1,114 @@
+"""Reward modeling: the likelihood of the preferences under the scores of both answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.config.methods.reward_model import RewardModelConfig
+from alignment.losses import bradley_terry_loss
+from alignment.modeling.scalar import SCORE_NORMALIZATION
+from alignment.modeling.scorer import Values
+from alignment.runs.files import write_atomic
+from alignment.runs.metrics import MetricSums
+from alignment.trainers.context import StepResult, TrainingContext
+from alignment.trainers.moments import RunningMoments
+from alignment.trainers.update import Updater, record
+from alignment.types import UserInputError
+
+
+class RewardModelTrainer:
+    """One step: draw pairs, score both sides, Bradley-Terry loss, one update."""
+
+    def __init__(self, context: TrainingContext) -> None:
+        config = context.recipe.algorithm
+        assert isinstance(config, RewardModelConfig)
+        pairs = context.train.pairs
+        if not len(pairs):
+            raise UserInputError(
+                "data: there is no pair to learn from; a reward model needs rows with 'chosen' and "
+                "'rejected'"
+            )
+        if config.margin == "column" and not pairs.margins:
+            raise UserInputError(
+                "algorithm.margin: column, but the data's rows have no column 'margin'; add it, "
+                "rename yours with the source's `columns` option, or set margin: none"
+            )
+        self.config = config
+        self.pairs = pairs
+        self.order = context.order
+        self.distributed = context.distributed
+        self.scores = RunningMoments()
+        self.total_steps = config.steps or math.ceil(
+            (config.epochs or 1) * len(pairs) / config.pairs_per_step
+        )
+        self.update = Updater(context, total_steps=self.total_steps)
+
+    def step(self, step: int) -> StepResult:
+        metrics = MetricSums()
+        drawn = self.order.take(self.config.pairs_per_step)
+        batch = self.distributed.share([row for _, row in drawn])
+        # Chosen and rejected of a pair are neighbours: they share the computation of their prompt.
+        samples = [
+            sample for row in batch for sample in (self.pairs.chosen[row], self.pairs.rejected[row])
+        ]
+        scored: list[float] = []
+
+        def loss_of(values: Values, rows: list[int]) -> Tensor:
+            scores = values.last
+            scored.extend(scores.tolist())
+            loss = bradley_terry_loss(
+                scores[::2],
+                scores[1::2],
+                margin=self._margins([batch[i // 2] for i in rows[::2]], scores),
+                center_coef=self.config.center_coef,
+                label_smoothing=self.config.label_smoothing,
+            )
+            record(metrics, loss.metrics, "reward_model/")
+            return loss.per_sequence.sum() / len(drawn)
+
+        self.update(step, samples, loss_of, metrics, together=2)
+        self._observe(scored, metrics)
+        if self.distributed.is_main:
+            metrics.add("data/epoch", self.order.epoch)
+        return StepResult(metrics)
+
+    def _margins(self, rows: list[int], like: Tensor) -> Tensor | None:
+        """By how much each chosen side is better; None where nothing is asked for."""
+        if self.config.margin == "none":
+            return None
+        return torch.tensor([self.pairs.margins[row] for row in rows], device=like.device)
+
+    def _observe(self, scored: list[float], metrics: MetricSums) -> None:
+        """Take the step's scores, of all ranks, into their running mean and deviation."""
+        if not self.config.normalize:
+            return
+        scores = torch.tensor(scored, dtype=torch.float64)
+        self.scores.update(scores[scores.isfinite()], self.distributed.sum)
+        if self.distributed.is_main:
+            metrics.add("reward_model/score/mean", self.scores.mean)
+            metrics.add("reward_model/score/std", self.scores.std)
+
+    def extra_files(self, folder: Path) -> None:
+        """Write what belongs beside the saved model: how its scores are normalized."""
+        if self.config.normalize:
+            stated = {"mean": self.scores.mean, "std": self.scores.std, "count": self.scores.count}
+            write_atomic(folder / SCORE_NORMALIZATION, json.dumps(stated) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "order": self.order.state_dict(),
+            "update": self.update.state_dict(),
+            "scores": self.scores.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.order.load_state_dict(state["order"])
+        self.update.load_state_dict(state["update"])
+        self.scores.load_state_dict(state["scores"])
