@@ -40,6 +40,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "rejection_sampling": "alignment.trainers.make_data:DataMaker",
         "preference_sampling": "alignment.trainers.make_data:DataMaker",
         "raft": "alignment.trainers.raft:RAFTTrainer",
+        "constitutional": "alignment.trainers.constitutional:ConstitutionalMaker",
+        "ai_feedback": "alignment.trainers.ai_feedback:AIFeedbackMaker",
     },
     "engine": {
         "native": "alignment.rollout.native:NativeEngine",
@@ -57,6 +59,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "package": "alignment.data.package_data:package",
         "reasoning_gym": "alignment.data.procedural:reasoning_gym",
         "review_continuations": "alignment.data.reviews:review_continuations",
+        "shipped": "alignment.data.shipped:shipped",
     },
     "task": {},
     "report": {},

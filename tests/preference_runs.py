@@ -62,11 +62,12 @@ def parts_of(
 
 
 def catch_gradients(patch: pytest.MonkeyPatch) -> list[Gradients]:
-    """The gradients that reach the optimizer from now on; the optimizer then stands still."""
+    """The gradients that reach the optimizer from now on, under the names that the policy's model
+    has for its parameters; the optimizer then stands still."""
     seen: list[Gradients] = []
 
     def keep(self: MasterWeightOptimizer) -> float:
-        names = list(self._parameters)
+        names = [name.removeprefix("model.") for name in self._parameters]
         seen.append(dict(zip(names, (g.clone() for g in self.gradients), strict=True)))
         self.drop_gradients()
         return 0.0

@@ -1,4 +1,4 @@
-"""The tree that `align lineage` prints; apart from the command, so that `align` starts without rich."""
+"""The tree that `align lineage` prints; apart, so that the command line starts without rich."""
 
 from __future__ import annotations
 

@@ -34,6 +34,8 @@ BUILT_IN: dict[str, str] = {
     "rejection_sampling": f"{_METHODS}.make_data:RejectionSamplingConfig",
     "preference_sampling": f"{_METHODS}.make_data:PreferenceSamplingConfig",
     "raft": f"{_METHODS}.raft:RAFTConfig",
+    "constitutional": f"{_METHODS}.feedback:ConstitutionalConfig",
+    "ai_feedback": f"{_METHODS}.feedback:AIFeedbackConfig",
 }
 """The section of each built-in method, imported when a recipe names it."""
 

@@ -106,6 +106,13 @@ class MasterWeightOptimizer:
         moved = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
         return moved / max(sum(t.numel() for t in before), 1)
 
+    @torch.no_grad()
+    def scale_(self, name: str, factor: float) -> None:
+        """Multiply one trained tensor by `factor`, its master first. AdamW's moments stay."""
+        self._masters[name].mul_(factor)
+        if self._masters[name] is not self._parameters[name]:
+            self._parameters[name].copy_(self._masters[name])
+
     def drop_gradients(self) -> None:
         for master in self._masters.values():
             master.grad = None

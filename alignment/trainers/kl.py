@@ -129,7 +129,10 @@ class KLTerm:
 
 
 def _measure(kl: Tensor, mask: Tensor, metrics: MetricSums) -> None:
-    """Take the divergence `[B, T]` in, per token and per sequence."""
+    """Take the divergence `[B, T]` in, per token and per sequence.
+
+    A row that is masked out as a whole (its grader failed) is no sequence of divergence 0.
+    """
     record_masked(metrics, "kl/mean", kl, mask)
-    per_sequence = torch.where(mask, kl.detach(), 0.0).sum(dim=1)
-    metrics.add("kl/sequence", float(per_sequence.sum()), len(mask))
+    total = torch.where(mask, kl.detach(), 0.0).sum()
+    metrics.add("kl/sequence", float(total), float(mask.any(dim=1).sum()))
