@@ -52,8 +52,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "source": {
         "arithmetic": "alignment.data.arithmetic:arithmetic",
         "arithmetic_pairs": "alignment.data.arithmetic_pairs:arithmetic_pairs",
-        "arithmetic_pairs": "alignment.data.arithmetic_errors:arithmetic_pairs",
-        "arithmetic_steps": "alignment.data.arithmetic_errors:arithmetic_steps",
+        "arithmetic_steps": "alignment.data.arithmetic_steps:arithmetic_steps",
         "file": "alignment.data.sources:file",
         "hub": "alignment.data.sources:hub",
         "package": "alignment.data.package_data:package",

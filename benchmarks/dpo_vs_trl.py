@@ -35,7 +35,12 @@ def run_ours(job: Job) -> Measured:
         {
             "model": {"reference": "frozen_copy"},
             "data": {"type": "file", "path": str(path), "shuffle": False, "style": "plain"},
-            "algorithm": {"type": "dpo", "steps": job.steps, "pairs_per_step": PAIRS, "beta": BETA},
+            "algorithm": {
+                "type": "dpo",
+                "steps": job.steps,
+                "pairs_per_step": PAIRS,
+                "loss": {"beta": BETA},
+            },
             "optim": {"micro_batch_tokens": 2048},
         },
     )
@@ -48,7 +53,7 @@ def run_trl(job: Job, variant: str) -> Measured:
 
     trainer = DPOTrainer(
         model=job.model,
-        args=DPOConfig(**trl_settings(job), **TRL[variant], beta=BETA),
+        args=DPOConfig(**trl_settings(job), **TRL[variant], max_length=None, beta=BETA),
         train_dataset=Dataset.from_list(preferences(PAIRS)),
     )
     return measured_trl(trainer, job, **{"log p(chosen)": "logps/chosen"})

@@ -45,7 +45,7 @@ def run_trl(job: Job, variant: str) -> Measured:
 
     trainer = RewardTrainer(
         model=job.model,
-        args=RewardConfig(**trl_settings(job), **TRL[variant]),
+        args=RewardConfig(**trl_settings(job), **TRL[variant], max_length=None),
         train_dataset=Dataset.from_list(preferences(PAIRS)),
     )
     return measured_trl(trainer, job)

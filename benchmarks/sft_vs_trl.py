@@ -36,7 +36,6 @@ TRL: dict[str, dict[str, Any]] = {
     "padding-free": {
         "per_device_train_batch_size": SAMPLES,
         "padding_free": True,
-        "max_length": None,
     },
 }
 
@@ -60,7 +59,7 @@ def run_trl(job: Job, variant: str) -> Measured:
 
     trainer = SFTTrainer(
         model=job.model,
-        args=SFTConfig(**trl_settings(job), **TRL[variant]),
+        args=SFTConfig(**trl_settings(job), **TRL[variant], max_length=None),
         train_dataset=Dataset.from_list(demonstrations(SAMPLES)),
     )
     return measured_trl(trainer, job, first_loss="loss")

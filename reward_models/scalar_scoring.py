@@ -122,10 +122,12 @@ def step_ends(tokenizer: Any, token_ids: Sequence[int], separator: str) -> list[
     step, which ends in its last token.
     """
 
-    def length(n_tokens: int) -> int:
-        return len(_decode(tokenizer, token_ids[:n_tokens]))
-
     text = _decode(tokenizer, token_ids)
+
+    def spells(n_tokens: int, n_characters: int) -> bool:
+        # Not by length: the first bytes of a character decode to a character as well.
+        return _decode(tokenizer, token_ids[:n_tokens]).startswith(text[:n_characters])
+
     ends: list[int] = []
     start = 0
     for step in text.split(separator):
@@ -134,7 +136,7 @@ def step_ends(tokenizer: Any, token_ids: Sequence[int], separator: str) -> list[
             low, high = 1, len(token_ids)  # the fewest tokens that spell so many characters
             while low < high:
                 middle = (low + high) // 2
-                low, high = (low, middle) if length(middle) >= n_characters else (middle + 1, high)
+                low, high = (low, middle) if spells(middle, n_characters) else (middle + 1, high)
             ends.append(low - 1)
         start += len(step) + len(separator)
     return list(dict.fromkeys(ends)) or [len(token_ids) - 1]

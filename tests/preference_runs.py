@@ -15,6 +15,7 @@ from alignment.distributed import Distributed
 from alignment.modeling.optimizer import MasterWeightOptimizer
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
+from alignment.trainers import precomputed
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.run import train
 from alignment.trainers.setup import Loaded, assemble, load_parts
@@ -105,3 +106,8 @@ def made_up_labelled(n: int = 7, *, seed: int = 4) -> list[LabelledSample]:
 
 def prompts_of(pairs: PairBatch) -> list[Prompt]:
     return [Prompt(s.prompt_ids, "", i) for i, s in enumerate(pairs.chosen)]
+
+
+def use_cache(folder: Path) -> None:
+    """Keep precomputed reference log-probabilities there from now on, in this process."""
+    vars(precomputed)["cache_directory"] = lambda: folder

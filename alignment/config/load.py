@@ -27,7 +27,7 @@ from alignment.types import UserInputError
 T = TypeVar("T", bound=Section)
 
 _SUFFIXES = (".yaml", ".yml")
-_NOT_RECIPES = ("accelerate",)
+_NOT_RECIPES = ("accelerate", "constitutions")
 
 # Beside the package, in a checkout as in an installation. Not found by importing `recipes`: a
 # user's own folder or package of that name must not hide the shipped ones.

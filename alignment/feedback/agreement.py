@@ -28,7 +28,8 @@ class AgreementStats:
                         no better than chance. None where every verdict is the same (p_e = 1).
     n_usable:           comparisons with a preference that both orders share.
     gold_agreement:     share of the usable ones with a gold label that prefer the same answer;
-                        `n_gold` is their number.
+                        `n_gold` is their number. (Of all with a preference, under
+                        `consistent_only=False`.)
     """
 
     n: int
@@ -45,12 +46,17 @@ class AgreementStats:
 
 
 def agreement(
-    judgements: Sequence[Judgement], gold: Sequence[Preference | None] | None = None
+    judgements: Sequence[Judgement],
+    gold: Sequence[Preference | None] | None = None,
+    *,
+    consistent_only: bool = True,
 ) -> AgreementStats:
     """Statistics of a judge.
 
     Args:
         gold: the answer known to be better; None for a comparison where it is not known.
+        consistent_only: False compares every preference with its gold label, those by an average
+            margin whose two orders disagree included.
 
     Raises:
         UserInputError: another number of gold labels than of judgements.
@@ -66,7 +72,7 @@ def agreement(
     checked = [
         judgement.preferred == label
         for judgement, label in zip(judgements, labels, strict=True)
-        if judgement.usable and label is not None
+        if label is not None and _counts(judgement, consistent_only)
     ]
     return AgreementStats(
         n=len(judgements),
@@ -81,6 +87,10 @@ def agreement(
         gold_agreement=_share(sum(checked), len(checked)),
         n_gold=len(checked),
     )
+
+
+def _counts(judgement: Judgement, consistent_only: bool) -> bool:
+    return judgement.usable if consistent_only else judgement.preferred is not None
 
 
 def _kappa(pairs: Sequence[tuple[str | None, str | None]]) -> float | None:

@@ -20,7 +20,7 @@ def clipped_value_loss(
 ) -> TokenLoss:
     """Squared error of the values, pessimistic about moves away from the old values.
 
-        v_clip = old + clamp(v - old, -clip, clip)
+        v_clip = clamp(v, old - clip, old + clip)
         loss   = 1/2 max((v - return)^2, (v_clip - return)^2)
 
     As in the PPO implementation of Dhariwal et al. (OpenAI Baselines, 2017), its 1/2 included.
@@ -46,7 +46,8 @@ def clipped_value_loss(
     error = (value - target).square()
     worst = error
     if clip is not None:
-        moved = old + (value - old).clamp(-clip, clip)
+        # Not old + clamp(value - old): inside the range this is exactly the value.
+        moved = value.clamp(old - clip, old + clip)
         worst = torch.maximum(error, (moved - target).square())
     metrics = {
         "value/mean": Mean.of(value, mask),

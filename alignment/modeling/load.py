@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +166,11 @@ def add_lora(
         task_type=task_type,
     )
     untyped: Any = model
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of peft's own doing
         try:
             adapted = get_peft_model(untyped, config, autocast_adapter_dtype=False)
         except ValueError as error:

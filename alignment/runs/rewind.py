@@ -10,7 +10,7 @@ from alignment.runs.samples import SampleRecorder
 
 
 def rewind(run: RunDirectory, step: int) -> None:
-    """Drop the metrics, samples, made rows and checkpoints of the steps after `step` (0: all of them).
+    """Drop metrics, samples, made rows and checkpoints of the steps after `step` (0: all of them).
 
     Events stay: they tell what happened, the steps that are run again included. Call it before
     a `MetricsWriter` of the run is opened.

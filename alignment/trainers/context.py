@@ -43,7 +43,11 @@ class StepResult:
 
 
 class Trainer(Protocol):
-    """One method. A step takes its data, makes its updates, and leaves nothing half-consumed."""
+    """One method. A step takes its data, makes its updates, and leaves nothing half-consumed.
+
+    A trainer that keeps something beside the model has a method `extra_files(folder)`, called once
+    the model is saved there.
+    """
 
     total_steps: int
 

@@ -35,7 +35,7 @@ class Critic:
 
     def __init__(self, context: TrainingContext, config: CriticConfig) -> None:
         if config.path is not None:
-            _check_tokenizer(config.path, context.tokenizer)
+            _check_tokenizer(config.path, context)
         self._config = config
         self._policy = context.policy
         self._separate = context.critic.model if context.critic is not None else None
@@ -114,8 +114,10 @@ class Critic:
         self._returns.load_state_dict(state["returns"])
 
 
-def _check_tokenizer(path: str, policys: Any) -> None:
-    if tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(policys):
+def _check_tokenizer(path: str, context: TrainingContext) -> None:
+    trusted = context.recipe.model.trust_remote_code
+    own = load_tokenizer(path, trust_remote_code=trusted)
+    if tokenizer_hash(own) != tokenizer_hash(context.tokenizer):
         raise UserInputError(
             f"algorithm.critic.path: {path} has another tokenizer than the policy, whose tokens it "
             "is to judge; give a critic or reward model of the policy's own base, or remove path"

@@ -34,9 +34,11 @@ SHOWN = {
     "outcome/correct": "correct",
     "sft/nll": "nll",
     "sft/token_accuracy": "token accuracy",
-    "pairs/reward/accuracy": "pair accuracy",
+    "dpo/reward/accuracy": "pair accuracy",
     "reward_model/accuracy": "pair accuracy",
+    "process_reward_model/accuracy": "step accuracy",
     "kl/mean": "kl",
+    "made/rows": "rows",
     "completion/length": "length",
     "optim/grad_norm": "grad norm",
 }
@@ -110,9 +112,13 @@ class Loop:
         torch.manual_seed(key >> 1)
 
     def _progress(self, total: int) -> Any:
-        if self.context.distributed.is_main:
-            return Progress(total, SHOWN, start=self.start)
-        return _Quiet()
+        if not self.context.distributed.is_main:
+            return _Quiet()
+        rewards = self.context.rewards
+        shown = dict(SHOWN)
+        if rewards is None or not rewards.has_verifier:
+            del shown["outcome/correct"]  # nothing tells right from wrong
+        return Progress(total, shown, start=self.start)
 
     def _measure(self, result: StepResult, began: float) -> dict[str, float]:
         """The step's metrics over all ranks."""

@@ -123,12 +123,7 @@ def _run_stage(recipe: Recipe, command: Sequence[str]) -> RunDirectory:
             markup=False,
             soft_wrap=True,
         )
-    run = train(
-        recipe,
-        resume="auto",
-        command=command,
-        parents=list(dict.fromkeys(parent.run for parent in parents)),
-    )
+    run = train(recipe, resume="auto", command=command)
     # The other ranks come back before rank 0 has saved what the next stage reads.
     Distributed().barrier()
     return run

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,10 +23,17 @@ from alignment.runs.checkpoint import latest_checkpoint, load_checkpoint
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.runs.expect import verify_run
-from alignment.runs.files import readable_errors, write_atomic
+from alignment.runs.files import readable_errors
+from alignment.runs.inputs import (
+    ParentRecord,
+    check_compatible,
+    find_parents,
+    refuse_changed_inputs,
+)
 from alignment.runs.lineage import run_info
 from alignment.runs.made import MadeData
 from alignment.runs.metrics import read_metrics
+from alignment.runs.outputs import FINISHED, Encoding, write_finished
 from alignment.runs.rewind import rewind
 from alignment.trainers.context import Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
@@ -36,20 +41,14 @@ from alignment.trainers.loop import Loop, restore_state
 from alignment.trainers.setup import Loaded, assemble, load_parts
 from alignment.types import AlignmentError, UserInputError
 
-FINISHED = "finished.json"
-"""Written last: its presence says that a run is complete."""
 
-
-def train(
-    recipe: Recipe, *, resume: str = "auto", command: Sequence[str] = (), parents: Any = ()
-) -> RunDirectory:
+def train(recipe: Recipe, *, resume: str = "auto", command: Sequence[str] = ()) -> RunDirectory:
     """Train a recipe to the end and leave `runs/NAME/`.
 
     Args:
         resume: `auto` goes on with a run of this name and recipe; `never` refuses a name that
             exists; anything else is a checkpoint folder to go on from.
         command: what to note as the command in `run.json`.
-        parents: run folders this run starts from.
 
     Raises:
         UserInputError: the recipe, its data or model, or the run's name are not usable.
@@ -62,11 +61,14 @@ def train(
     exists = distributed.broadcast(path.exists())
     if exists:
         check_resumable(path, recipe_yaml, resume)
+        refuse_changed_inputs(path, f"the run {path}")
         if (path / FINISHED).is_file():
             Console().print(f"{path} is finished already; nothing to do", soft_wrap=True)
             return RunDirectory.open(path)
     torch.manual_seed(recipe.run.seed)
+    parents = find_parents(recipe)
     loaded = load_parts(recipe)
+    check_compatible(_encoding(loaded), parents)
     directory = _open_directory(recipe, recipe_yaml, command, parents, loaded, distributed, exists)
     own_log = directory.path / f"events-rank{distributed.rank}.jsonl"
     events = EventLog(directory.events if distributed.is_main else own_log)
@@ -76,7 +78,7 @@ def train(
         start = _resume(directory, trainer, context, resume) if exists else 0
         context.events.write("start", f"training from step {start}", step=start)
         Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), start).run()
-        _finish(directory, context, trainer)
+        _finish(directory, context, trainer, _encoding(loaded))
     except UserInputError:
         if distributed.is_main and not exists:
             _withdraw(directory)
@@ -85,6 +87,12 @@ def train(
         if loaded.rewards is not None:
             loaded.rewards.close()
     return directory
+
+
+def _encoding(loaded: Loaded) -> Encoding:
+    """How the run's text becomes tokens."""
+    prints = loaded.fingerprints
+    return Encoding(prints.tokenizer, prints.template, len(loaded.tokenizer))
 
 
 def algorithm_type(recipe: Recipe) -> str:
@@ -120,7 +128,7 @@ def _open_directory(
     recipe: Recipe,
     recipe_yaml: str,
     command: Sequence[str],
-    parents: Any,
+    parents: Sequence[ParentRecord],
     loaded: Loaded,
     distributed: Distributed,
     exists: bool,
@@ -132,7 +140,7 @@ def _open_directory(
             recipe=recipe_yaml,
             command=command,
             seed=recipe.run.seed,
-            parents=[str(parent) for parent in parents],
+            inputs=parents,
             model_hash=loaded.fingerprints.model,
             tokenizer_hash=loaded.fingerprints.tokenizer,
             template_hash=loaded.fingerprints.template,
@@ -168,7 +176,9 @@ def _withdraw(directory: RunDirectory) -> None:
         shutil.rmtree(directory.path)
 
 
-def _finish(directory: RunDirectory, context: TrainingContext, trainer: Trainer) -> None:
+def _finish(
+    directory: RunDirectory, context: TrainingContext, trainer: Trainer, encoding: Encoding
+) -> None:
     """Save the model, check expectations, write the report."""
     if not context.distributed.is_main:
         return
@@ -179,7 +189,7 @@ def _finish(directory: RunDirectory, context: TrainingContext, trainer: Trainer)
         made = f"{MadeData(directory.made_dir).join(directory.data)} rows in {directory.data.name}"
     steps = trainer.total_steps
     context.events.write("end", f"finished after {steps} steps: {made}")
-    write_atomic(directory.path / FINISHED, json.dumps({"steps": steps}) + "\n")
+    write_finished(directory.path, steps=steps, encoding=encoding)
     write_report(directory)
     check_expectations(directory)
 

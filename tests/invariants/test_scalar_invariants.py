@@ -136,7 +136,7 @@ def test_reads_before_is_the_state_the_token_is_chosen_in() -> None:
     after = model([one, other], reads="after").values
     torch.testing.assert_close(before[0], before[1], **TOLERANCE)
     torch.testing.assert_close(after[0, :2], after[1, :2], **TOLERANCE)
-    assert abs(float(after[0, 2] - after[1, 2])) > 1e-3
+    assert abs((after[0, 2] - after[1, 2]).item()) > 1e-3
     # The value after a token is the value before the next one.
     torch.testing.assert_close(after[0, :2], before[0, 1:], **TOLERANCE)
 

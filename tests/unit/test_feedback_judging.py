@@ -240,7 +240,8 @@ JUDGEMENTS = [
 
 
 def test_agreement_by_hand() -> None:
-    gold: list[Preference | None] = ["first"] * 3 + ["second"] * 2 + [None] + ["first"] * 6
+    labels: list[Preference | None] = ["first", "second", None]
+    gold = [*labels[:1] * 3, *labels[1:2] * 2, None, *labels[:1] * 6]
     stats = agreement(JUDGEMENTS, gold)
     assert (stats.n, stats.n_judged, stats.n_usable) == (12, 10, 6)
     assert stats.failures == {Failure.TIMEOUT: 1, Failure.UNPARSEABLE: 1}
@@ -265,6 +266,15 @@ def test_kappa_is_that_of_the_confusion_matrix(seed: int) -> None:
     expected = (np.trace(table) - chance) / (1 - chance)
     stats = agreement([made(words[one], words[two]) for one, two in pairs])
     assert stats.kappa == pytest.approx(expected, abs=1e-12)
+
+
+def test_preferences_by_margin_count_where_that_is_asked_for() -> None:
+    leaning = Judgement("first", False, verdicts=("first", "second"), margin=0.5)
+    judgements = [made("first", "first"), leaning, made("tie", "tie")]
+    gold: list[Preference | None] = ["first", "second", "first"]
+    assert agreement(judgements, gold).gold_agreement == 1.0
+    every = agreement(judgements, gold, consistent_only=False)
+    assert (every.gold_agreement, every.n_gold, every.n_usable) == (0.5, 2, 1)
 
 
 def test_statistics_of_nothing_are_none() -> None:

@@ -19,8 +19,7 @@ from typer.testing import CliRunner, Result
 from alignment.cli import app
 from alignment.config.load import load_recipe
 from alignment.config.schema import Recipe
-from alignment.data.arithmetic import arithmetic
-from alignment.data.arithmetic_errors import arithmetic_pairs, arithmetic_steps
+from alignment.data.arithmetic_steps import arithmetic_steps
 from alignment.distributed import Distributed
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.optimizer import MasterWeightOptimizer
@@ -381,23 +380,6 @@ def test_a_trainer_without_its_data_says_so(tmp_path: Path, method: str) -> None
 
 def total(expression: str) -> int:
     return sum(int(part) for part in expression.split(" + "))
-
-
-def test_arithmetic_pairs_differ_in_a_mistake() -> None:
-    rows = arithmetic_pairs(operands=3, high=9, size=60, seed=4)
-    plain = arithmetic(operands=3, high=9, size=60, seed=4)
-    for row, right in zip(rows, plain, strict=True):
-        assert row["chosen"] == right["completion"]
-        assert {key: row[key] for key in ("question", "answer", "split_key")} == {
-            key: right[key] for key in ("question", "answer", "split_key")
-        }
-        good, bad = row["chosen"].splitlines(), row["rejected"].splitlines()
-        assert len(bad) == 2
-        slips = [abs(total(a) - total(b)) for a, b in (line.split(" = ") for line in bad)]
-        assert [0 < slip < 10 for slip in slips].count(True) == 1 and min(slips) == 0
-        assert [total(a) == total(b) for a, b in (line.split(" = ") for line in good)] == [True] * 2
-    assert rows == arithmetic_pairs(operands=3, high=9, size=60, seed=4)
-    assert rows != arithmetic_pairs(operands=3, high=9, size=60, seed=5)
 
 
 def test_arithmetic_steps_are_bad_from_the_first_mistake_on() -> None:

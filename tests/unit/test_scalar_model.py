@@ -105,7 +105,7 @@ def test_i26_transformers_reads_the_same_score_at_the_last_true_token(
     base = saved_causal_lm(tmp_path / "base", family)
     model = load_scalar_model(base, seed=1)
     ended = [
-        Sample(s.prompt_ids, (*s.completion_ids, 258), s.loss_mask + (True,)) for s in samples()
+        Sample(s.prompt_ids, (*s.completion_ids, 258), (*s.loss_mask, True)) for s in samples()
     ]
     save_scalar_model(model, byte_level, tmp_path / "reward")
     ours = model.scores(ended, 4096)

@@ -197,7 +197,9 @@ class AIFeedbackConfig(MethodConfig):
             )
         for key in ("max_new_tokens", "temperature"):
             if getattr(self.judge, key) is not None:
-                yield problem(("judge", key), "with verdict: logprobs nothing is sampled; remove it")
+                yield problem(
+                    ("judge", key), "with verdict: logprobs nothing is sampled; remove it"
+                )
 
     @property
     def completions_per_step(self) -> int:

@@ -43,9 +43,10 @@ class CriticConfig(Section):
     """Weight of the value loss of a shared critic beside the policy's; a separate one has its own
     optimizer."""
     clip: Positive | None = 0.2
-    """Largest move of a value in one step that its loss believes; null is off."""
+    """Largest move of a value in one step that its loss believes, in units of the (scaled) return;
+    null is off."""
     normalize: Bool = False
-    """Let the critic predict returns scaled by their running mean and deviation."""
+    """Let the critic's head predict returns divided by their running root mean square (PopArt)."""
 
     @model_validator(mode="after")
     def _options_apply(self) -> CriticConfig:
@@ -83,7 +84,8 @@ class PPOConfig(MethodConfig):
     epochs_per_step: PositiveCount = 4
     """Passes over a rollout."""
     updates_per_step: PositiveCount = 1
-    """Minibatches that a rollout is divided into, an update each; divides `prompts_per_step`."""
+    """Minibatches that a rollout is divided into, anew in every pass, an update each; divides
+    `prompts_per_step`."""
     gamma: Annotated[Fraction, Field(gt=0.0)] = 1.0
     """Discount per token."""
     lam: Fraction = 0.95
@@ -98,12 +100,17 @@ class PPOConfig(MethodConfig):
     """Pull towards the reference policy."""
     critic: CriticConfig = CriticConfig()
     """The critic."""
-    missing_eos_penalty: Positive | None = None
-    """Subtracted from the score of a completion that was cut off; null is off."""
     normalize_rewards: Bool = False
     """Scale scores by their running mean and deviation."""
     clip_rewards: Positive | None = None
     """Bound on the size of a score, after scaling; null is off."""
+    missing_eos_score: Number | None = None
+    """In place of the score of a completion that was cut off, such as -1; null is off."""
+    missing_eos_penalty: Positive | None = None
+    """Subtracted from the score of a completion that was cut off; null is off."""
+    whiten_rewards: Bool = False
+    """Scale the tokens' rewards of a rollout, KL penalty included, to variance 1; their mean stays
+    where it was."""
     entropy_coef: Number = 0.0
     """Weight of the entropy bonus."""
     stop_kl: Positive | None = None
@@ -121,6 +128,11 @@ class PPOConfig(MethodConfig):
                 ("updates_per_step",),
                 f"{self.updates_per_step} updates do not divide {self.prompts_per_step} prompts "
                 "(prompts_per_step) evenly",
+            )
+        if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
+            yield problem(
+                ("missing_eos_penalty",),
+                "missing_eos_score replaces the score it would be subtracted from; remove one",
             )
         if self.critic.warmup_steps >= self.steps:
             yield problem(

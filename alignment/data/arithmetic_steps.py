@@ -1,4 +1,4 @@
-"""Worked arithmetic with and without mistakes: preference pairs, and solutions labelled by step."""
+"""Worked arithmetic with and without mistakes, labelled step by step."""
 
 from __future__ import annotations
 
@@ -9,35 +9,6 @@ from alignment.data.formats import Row
 
 _QUESTION = "What is {expression}?"
 _LARGEST_SLIP = 9
-
-
-def arithmetic_pairs(
-    operation: Operation = "add",
-    operands: int = 2,
-    low: int = 1,
-    high: int = 20,
-    size: int | None = None,
-    seed: int = 0,
-    question: str = _QUESTION,
-) -> list[Row]:
-    """A right and a wrong worked solution of each problem, as `chosen` and `rejected`.
-
-    The wrong one has a mistake in one operation, its result off by 1 to 9, and goes on from there.
-    The rows have `question`, `answer` and `split_key` as those of `arithmetic` do.
-
-    Args: those of `arithmetic`.
-
-    Raises:
-        UserInputError: as `arithmetic`.
-    """
-    rows = []
-    problems = draw_problems(operation, operands, low, high, size, seed, question)
-    for number, problem in enumerate(problems):
-        slip = _slip(problem, random.Random(f"{seed}:{number}"))
-        row = problem_row(problem, question)
-        row["chosen"] = row.pop("completion")
-        rows.append({**row, "rejected": "\n".join(worked_lines(problem, slip))})
-    return rows
 
 
 def arithmetic_steps(
@@ -55,7 +26,13 @@ def arithmetic_steps(
     The rows have `prompt`, `completions` (the lines), `labels` and `split_key`.
 
     Args:
-        operation, operands, low, high, size, seed, question: those of `arithmetic`.
+        operation: the sign between operands: add, subtract, multiply or mixed.
+        operands: how many, 2 or more; one less is the number of lines.
+        low: smallest operand.
+        high: largest operand.
+        size: number of rows; all problems if left out.
+        seed: of the choice and order of problems, and of the mistakes.
+        question: the wording; `{expression}` is replaced.
         wrong: share of solutions with a mistake.
 
     Raises:
