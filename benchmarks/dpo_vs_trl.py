@@ -5,8 +5,8 @@
 Eight pairs make one update: prompts of about 200 tokens, answers of about 100 (50 to 180). Both
 sides keep a frozen copy of the model as the reference and score with it in every step. trl runs in
 each way that makes the same update, and is measured by its fastest; its `padding_free` is switched
-off in this version. Both sides hold about four pairs at a time: what the toolkit computes of a pair
-is its prompt once and both answers.
+off in this version. The toolkit's micro-batches hold about five pairs: of a pair it computes the
+prompt once, and both answers.
 """
 
 from __future__ import annotations

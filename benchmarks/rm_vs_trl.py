@@ -4,8 +4,8 @@
 
 Eight pairs make one update: prompts of about 200 tokens, answers of about 100 (50 to 180); full
 fine-tuning with a fresh scalar head. trl runs in each way that makes the same update, and is
-measured by its fastest. Both sides hold about four pairs at a time: what the toolkit computes of a
-pair is its prompt once and both answers.
+measured by its fastest. The toolkit's micro-batches hold about five pairs: of a pair it computes
+the prompt once, and both answers.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def frame_of(
         raise ValueError("a chart needs at least one point")
     floor, ceiling = bounds
     low, high = min(ys), max(ys)
-    pad = 0.06 * (high - low) or 0.1 * abs(high) or 0.5
+    rounding = 1e-9 * max(abs(low), abs(high))  # equal numbers whose means were rounded
+    pad = (0.06 * (high - low) if high - low > rounding else 0.0) or 0.1 * abs(high) or 0.5
     low, high = low - pad, high + pad
     low = low if floor is None else max(low, floor)
     high = high if ceiling is None else min(high, ceiling)

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "dpo-precomputed": (
         "dpo",
-        ("algorithm.pairs_per_step=5", "model.reference=precomputed", "optim.lr=1e-2"),
+        ("algorithm.pairs_per_step=5", "model.reference=precomputed"),
     ),
     "dpo-one-pair": ("dpo", ("algorithm.pairs_per_step=1",)),
     "kto": ("kto", ("algorithm.samples_per_step=7", "algorithm.steps=3")),

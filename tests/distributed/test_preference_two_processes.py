@@ -14,6 +14,10 @@ from tiny_runs import steps_of, weights_of
 
 from alignment.runs.directory import RunDirectory
 
+# The policy's rows are scored in other micro-batches than the file's, so that a margin of zero is a
+# rounding error with a sign, and a weight without a gradient one with a tiny gradient.
+COUNTS_OF_ROUNDING = ("dpo/reward/accuracy", "optim/moved_share")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -32,8 +36,8 @@ def test_i01_two_processes_learn_what_one_does(folders: tuple[Path, Path], case:
     for alone, together in zip(steps_of(one), steps_of(two), strict=True):
         assert alone.keys() == together.keys()
         for name, value in alone.items():
-            if case == "dpo-precomputed" and name == "dpo/reward/accuracy":
-                continue  # at the start it counts the signs of rounding errors
+            if case == "dpo-precomputed" and name in COUNTS_OF_ROUNDING:
+                continue
             close = math.isclose(together[name], value, rel_tol=1e-5, abs_tol=1e-5)
             assert close, f"step {alone['step']}, {name}: {value} and {together[name]}"
     ours, theirs = weights_of(two), weights_of(one)

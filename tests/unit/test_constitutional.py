@@ -46,6 +46,7 @@ from alignment.types import (
 )
 
 ANY_FAILURE = "limits.unscorable=1.0"
+SHORT = "algorithm.judge.max_new_tokens=64"  # a third of the replies end by then
 
 
 def by_first_factor(messages: list[dict[str, Any]]) -> str | None:
@@ -188,9 +189,10 @@ def test_a_key_comes_from_the_environment_and_stays_out_of_the_run(
 
 
 def test_a_local_model_with_the_policys_weights_says_what_the_policy_says(tmp_path: Path) -> None:
-    policy = run("constitutional", tmp_path / "policy")
-    judge = "{kind: local, path: tiny-random, max_new_tokens: 160}"
-    local = run("constitutional", tmp_path / "local", f"algorithm.judge={judge}")
+    settings = ("algorithm.steps=1", ANY_FAILURE)
+    policy = run("constitutional", tmp_path / "policy", *settings, SHORT)
+    judge = "algorithm.judge={kind: local, path: tiny-random, max_new_tokens: 64}"
+    local = run("constitutional", tmp_path / "local", *settings, judge)
     assert rows_of(policy) == rows_of(local) != []
 
 
@@ -221,7 +223,12 @@ def test_a_system_message_is_shown_to_policy_and_judge(tmp_path: Path) -> None:
 @pytest.mark.parametrize("samples", [1, 2])
 def test_the_rows_do_not_depend_on_the_number_of_ranks(tmp_path: Path, samples: int) -> None:
     recipe = recipe_of(
-        "constitutional", tmp_path, f"algorithm.samples_per_prompt={samples}", ANY_FAILURE
+        "constitutional",
+        tmp_path,
+        f"algorithm.samples_per_prompt={samples}",
+        f"algorithm.steps={3 - samples}",
+        SHORT,
+        ANY_FAILURE,
     )
     alone = steps_on_ranks("constitutional", recipe, tmp_path / "one", 1)
     assert len(alone) >= 4
@@ -259,6 +266,12 @@ def interrupt(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> No
 
 
 FOUR_STEPS = ("algorithm.steps=4", "algorithm.prompts_per_step=6", "checkpoint.every=1")
+BY_THE_POLICY = (*FOUR_STEPS, SHORT, ANY_FAILURE)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return run("constitutional", tmp_path_factory.mktemp("whole"), *BY_THE_POLICY)
 
 
 @pytest.mark.parametrize(
@@ -267,15 +280,19 @@ FOUR_STEPS = ("algorithm.steps=4", "algorithm.prompts_per_step=6", "checkpoint.e
     ids=["in the step", "before its rows", "before its checkpoint"],
 )
 def test_i45_resumed_is_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: RunDirectory,
+    owner: Any,
+    name: str,
 ) -> None:
     with monkeypatch.context() as patch:
         interrupt(patch, owner, name, 3)
         with pytest.raises(Interrupted):
-            run("constitutional", tmp_path / "resumed", *FOUR_STEPS)
-    resumed = run("constitutional", tmp_path / "resumed", *FOUR_STEPS)
+            run("constitutional", tmp_path, *BY_THE_POLICY)
+    resumed = run("constitutional", tmp_path, *BY_THE_POLICY)
     assert [event["step"] for event in events_of(resumed, "resume")] == [2]
-    assert_same_run(resumed, run("constitutional", tmp_path / "whole", *FOUR_STEPS))
+    assert_same_run(resumed, uninterrupted)
 
 
 def test_replies_that_were_paid_for_are_not_asked_for_again(

@@ -18,6 +18,7 @@ from alignment.config import cautions, dump_recipe, parse_recipe
 from alignment.config.counts import describe_counts
 from alignment.config.methods import preference as section
 from alignment.config.methods.preference import PreferenceLossConfig
+from alignment.config.schema import Recipe
 from alignment.data.arithmetic_pairs import arithmetic_pairs
 from alignment.losses import preference_kinds
 from alignment.modeling.policy import PolicyWithReference
@@ -111,15 +112,20 @@ def test_without_a_reference_none_is_the_default_and_another_is_cautioned(
 ) -> None:
     loss = f"algorithm.loss={{kind: {kind}}}"
     text = dump_recipe(recipe_of("dpo", tmp_path, loss))
-    bare = text.replace("mode: frozen_copy", "mode: none")
-    assert cautions(parse_recipe(bare)) == []
-    (caution,) = cautions(parse_recipe(text))
+    assert cautions(one_run(text.replace("mode: frozen_copy", "mode: none"))) == []
+    (caution,) = cautions(one_run(text))
     assert "frozen_copy is never scored; use none" in caution
-    unsaid = parse_recipe(
+    unsaid = one_run(
         "run: {name: a}\nmodel: {path: tiny-random}\ndata: {type: arithmetic_pairs}\n"
         f"algorithm: {{type: dpo, steps: 1, loss: {{kind: {kind}}}}}\noptim: {{lr: 1.0e-3}}\n"
     )
     assert unsaid.model.reference.mode == "none"
+
+
+def one_run(text: str) -> Recipe:
+    recipe = parse_recipe(text)
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
 def test_with_a_reference_none_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from ppo_runs import (
     LORA,
     SHARED,
-    far_from_zero,
     last_state,
     made_up,
     recipe_of,
@@ -23,7 +22,6 @@ from tiny_runs import metrics_of
 from torch import Tensor
 from transformers import AutoModel
 
-from alignment.modeling.catalog import fetch
 from alignment.modeling.load import load_tokenizer
 from alignment.modeling.scalar import load_scalar_model, save_scalar_model
 from alignment.runs.metrics import MetricSums
@@ -411,8 +409,3 @@ def test_every_function_that_docs_ppo_names_exists() -> None:
         text = (REPOSITORY / "alignment" / file).read_text(encoding="utf-8")
         last = name.split(".")[-1]
         assert re.search(rf"^\s*(def|class) {last}\b|^    {last}: ", text, re.M), (file, name)
-
-
-def test_far_from_zero_is_what_it_says() -> None:
-    assert far_from_zero([[0, 1]]) == [325.0]
-    assert fetch("tiny-random")
