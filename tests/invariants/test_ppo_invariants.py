@@ -246,8 +246,9 @@ def moved_trainer(folder: Path, *settings: str) -> PPOTrainer:
     """Policy, reference and critic apart from one another, a critic that predicts something."""
     trainer = trainer_of(folder, *MADE_UP, *settings)
     shift(trainer.policy.model, 0.02, 0)
-    critic: Any = trainer.context.critic
-    shift(trainer.policy.value_head if critic is None else critic.model, 0.05, 1)
+    critic = trainer.context.critic
+    critics: Any = trainer.policy.value_head if critic is None else critic.model
+    shift(critics, 0.05, 1)
     return trainer
 
 

@@ -34,6 +34,10 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 STEPS = 2
 TOLERANCE = 1e-5
 
+# Beginnings of our parameters' names, and trl's in their place.
+POLICY_NAMES = {"model.model.": "model.", "model.lm_head.": "lm_head."}
+REWARD_MODEL_NAMES = {"decoder.": "model.", "head.": "score."}
+
 DEMONSTRATIONS = [
     {"prompt": "two and two", "completion": " is four"},
     {"prompt": "the sea", "completion": " was calm, and nobody spoke for a long while"},
@@ -137,9 +141,6 @@ def assert_equals_trl(ours: list[Step], trainer: Any, renamed: dict[str, str]) -
     """trl's loss and gradient, at the weights of each of our steps, are ours.
 
     The gradient of each parameter may differ by 1e-5 of its largest entry.
-
-    Args:
-        renamed: beginnings of our parameters' names, and trl's in their place.
     """
     (batch,) = _batches(trainer)
     model = trainer.model.train()
@@ -181,7 +182,7 @@ def test_sft_steps_equal_trls(monkeypatch: pytest.MonkeyPatch, policy_folder: Pa
         args=SFTConfig(**trl_settings(policy_folder, len(DEMONSTRATIONS))),
         train_dataset=Dataset.from_list(DEMONSTRATIONS),
     )
-    assert_equals_trl(ours, trainer, {"model.": ""})
+    assert_equals_trl(ours, trainer, POLICY_NAMES)
 
 
 @pytest.mark.parametrize("kind", [["sigmoid"], ["ipo"]])
@@ -202,7 +203,7 @@ def test_dpo_steps_equal_trls(
         args=DPOConfig(**settings, loss_type=kind, beta=0.3),
         train_dataset=Dataset.from_list(PREFERENCES),
     )
-    assert_equals_trl(ours, trainer, {"model.": ""})
+    assert_equals_trl(ours, trainer, POLICY_NAMES)
 
 
 @pytest.mark.parametrize("center", [0.0, 0.1])
@@ -221,4 +222,4 @@ def test_reward_model_steps_equal_trls(
         args=RewardConfig(**settings, center_rewards_coefficient=center or None),
         train_dataset=Dataset.from_list(PREFERENCES),
     )
-    assert_equals_trl(ours, trainer, {"decoder.": "model.", "head.": "score."})
+    assert_equals_trl(ours, trainer, REWARD_MODEL_NAMES)
