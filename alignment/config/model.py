@@ -25,7 +25,7 @@ class LoraConfig(Section):
 
     rank: PositiveCount
     """Rank of the adapters."""
-    alpha: Positive = Field(default_factory=lambda data: 2.0 * data["rank"])
+    alpha: Positive = Field(default_factory=lambda data: 2.0 * data.get("rank", 1))
     """The update is scaled by alpha / rank; twice the rank unless given."""
     dropout: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapters' input, in updates only."""

@@ -31,8 +31,8 @@ from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.experience import Experience, training_samples
 from alignment.trainers.group_relative import POLICY_LOSSES
-from alignment.trainers.kl import KLTerm
 from alignment.trainers.grpo import GRPOTrainer
+from alignment.trainers.kl import KLTerm
 from alignment.trainers.setup import Loaded, assemble, load_parts
 from alignment.types import AlignmentError, Completion, SamplingParams
 
@@ -389,7 +389,7 @@ def test_i44_a_rollout_leaves_the_model_as_it_was(
         }
 
     def tensors() -> dict[str, Tensor]:
-        optimizer = context.optimizer.state_dict()
+        optimizer = context.trained.optimizer.state_dict()
         moments = {
             f"{name}.{key}": value.clone()
             for name, parts in optimizer["moments"].items()

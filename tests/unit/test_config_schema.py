@@ -175,7 +175,7 @@ def test_an_impossible_combination_is_refused_with_a_remedy(
     [
         (["algorithm.epochs=2"], "algorithm", "give either steps or epochs; found both"),
         (["algorithm.steps=null"], "algorithm", "give either steps or epochs; found neither"),
-        (["rewards=[{type: good}]"], "rewards", "use grpo"),
+        (["rewards=[{type: good}]"], "rewards", "a method that does (grpo)"),
         (["algorithm.reduction=constant"], "algorithm.reduction", "'token' or 'sequence'"),
     ],
 )
@@ -277,8 +277,8 @@ def test_passes_over_a_rollout_multiply_the_updates(tmp_path: Path) -> None:
     assert describe_counts(recipe) == [
         "12 prompts x 8 completions = 96 samples a step, 3 passes x 4 updates of 24 = 12 updates; "
         "1 step = 96 samples, 12 updates",
-        "at most 96 x 48 = 4,608 completion tokens sampled a step",
         "up to 3 refills a step, 288 more samples",
+        "at most 96 x 48 = 4,608 completion tokens sampled a step",
     ]
 
 

@@ -50,7 +50,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Gradients]:
 
     def keep(self: MasterWeightOptimizer) -> float:
         names = list(self._parameters)
-        seen.append(dict(zip(names, (g.clone() for g in self.gradients), strict=True)))
+        plain = [name.removeprefix("model.") for name in names]  # as in the model itself
+        seen.append(dict(zip(plain, (g.clone() for g in self.gradients), strict=True)))
         self.drop_gradients()
         return 0.0
 
