@@ -49,6 +49,9 @@ typecheck: setup
 bench: setup
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/grpo_vs_trl.py
+	$(BIN)/python benchmarks/sft_vs_trl.py
+	$(BIN)/python benchmarks/dpo_vs_trl.py
+	$(BIN)/python benchmarks/rm_vs_trl.py
 
 # The recipe reference, and the picture in the README where the quick start has been run.
 docs: setup

@@ -372,6 +372,41 @@ def test_i01_micro_batches_change_no_gradient(
             assert_same_gradient(got, expected, within=1e-5)
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_i01_the_minibatches_of_a_pass_add_up_to_the_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, critic: str
+) -> None:
+    """In each pass, as drawn and shuffled: every row meets its own constants, and once."""
+    made = keep_gradients(monkeypatch)  # the weights stand still
+    settings = (*CRITICS[critic], "algorithm.entropy_coef=0.1")
+    whole = moved_trainer(tmp_path / "whole", *settings)
+    _, expected = updates_of(whole, made_up(whole, GRADES, LENGTHS), made)
+    trainer = moved_trainer(
+        tmp_path / "parts",
+        *settings,
+        "algorithm.updates_per_step=3",
+        "algorithm.epochs_per_step=3",
+    )
+    rollout = made_up(trainer, GRADES, LENGTHS)
+    _, gradients = updates_of(trainer, rollout, made)
+    models = len(expected)
+    tokens = [
+        sum(LENGTHS[row] for row in rows if row != FAILED) for rows in trainer.minibatches(rollout)
+    ]
+    assert len(tokens) == 9 and len(gradients) == 9 * models
+    for number in range(3):
+        for model in range(models):
+            updates = range(3 * number, 3 * number + 3)
+            total = {
+                name: torch.stack(
+                    [gradients[models * u + model][name] * tokens[u] for u in updates]
+                ).sum(0)
+                / sum(tokens[:3])
+                for name in expected[model]
+            }
+            assert_same_gradient(total, expected[model], within=1e-5)
+
+
 # -- whitening --------------------------------------------------------------------------------
 
 

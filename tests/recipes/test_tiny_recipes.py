@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import undocumented
 from tiny_runs import events_of, metrics_of, steps_of
 from typer.testing import CliRunner, Result
 
 from alignment.cli import app
-from alignment.config.load import shipped_recipes
+from alignment.config.load import load_recipe, shipped_recipes
 from alignment.runs.directory import RunDirectory
+from alignment.runs.metrics import read_metrics
 from alignment.trainers import pipeline as pipeline_module
 from alignment.trainers.sft import SFTTrainer
 
@@ -49,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         began = time.monotonic()
         result = align("train", name, *overrides)
         seconds = time.monotonic() - began
-        path = folder / name.replace("/", "-")
+        path = folder / load_recipe(name).run.name
         assert result.exit_code == 0, result.output
         done[name] = Finished(RunDirectory.open(path), result, seconds)
     return done
@@ -57,6 +59,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
 
 def test_all_tiny_recipes_are_covered() -> None:
     assert set(TINY) >= {"tiny/sft", "tiny/grpo", "tiny/rlvr", "tiny/quickstart"}
+
+
+def test_every_metric_of_every_method_is_documented(finished: dict[str, Finished]) -> None:
+    folders = {one.run.path for one in finished.values()}
+    recorded = {
+        name
+        for folder in folders
+        for path in folder.rglob("metrics.jsonl")
+        for record in read_metrics(path)
+        for name in record
+        if not is_comparison(path)
+    } - {"step"}
+    assert undocumented(recorded) == []
+
+
+def is_comparison(metrics: Path) -> bool:
+    """Whether the file is a pipeline's own, whose names have a model's name in them."""
+    return (metrics.parent / "stages").is_dir()
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -195,6 +195,14 @@ def test_margins_decide_and_small_ones_are_left_out(tmp_path: Path) -> None:
     every = run("ai_feedback", tmp_path / "every")
     margins = [row["judge_margin"] for row in rows_of(every)]
     assert len(margins) > 30 and min(margins) > 0.0
+    for number, record in enumerate(metrics_of(every), start=1):
+        made = (every.made_dir / f"step-{number:06d}.jsonl").read_text(encoding="utf-8")
+        rewards = [
+            (row["reward_chosen"], row["reward_rejected"])
+            for row in map(json.loads, made.splitlines())
+        ]
+        hits = [chosen > rejected for chosen, rejected in rewards if chosen != rejected]
+        assert record["made/gold_agreement"] == pytest.approx(sum(hits) / len(hits))
     middle = sorted(margins)[len(margins) // 2]
     some = run("ai_feedback", tmp_path / "some", f"algorithm.min_margin={middle}")
     assert rows_of(some) == [row for row in rows_of(every) if row["judge_margin"] > middle]

@@ -36,9 +36,8 @@ def test_the_critiques_are_asked_for_as_the_constitution_does() -> None:
     principles = load_constitution("requests").principles
     asked = Counter(row["prompt"][-1]["content"] for row in rows)
     assert set(asked) == {text for p in principles for text in (p.critique, p.revision)}
-    assert (
-        max(asked[p.critique] for p in principles) - min(asked[p.critique] for p in principles) <= 1
-    )
+    kinds = {(row["prompt"][-1]["content"], row["kind"]) for row in rows}
+    assert len(kinds) == 2 * len(asked)  # each is asked about harmful and about other requests
     for critique, revision in zip(rows[::2], rows[1::2], strict=True):
         assert detect(critique) == detect(revision) == "demonstration"
         said = {"role": "assistant", "content": critique["completion"]}
@@ -54,7 +53,7 @@ def test_the_critic_is_not_trained_on_the_requests() -> None:
     assert not learned & {row["prompt"].lower() for row in shipped("requests")}
 
 
-def test_both_rows_of_a_conversation_stay_on_one_side() -> None:
-    kept, held_out = split_held_out(shipped("critiques"), 16, seed=0)
-    assert len(held_out) == 16
+def test_all_rows_of_a_request_stay_on_one_side() -> None:
+    kept, held_out = split_held_out(shipped("critiques"), 32, seed=0)
+    assert len(held_out) == 32
     assert not {row["split_key"] for row in kept} & {row["split_key"] for row in held_out}

@@ -26,7 +26,7 @@ from alignment.modeling.load import load_tokenizer
 from alignment.modeling.scalar import load_scalar_model, save_scalar_model
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.experience import minibatch_slices, training_samples
-from alignment.trainers.minibatches import shuffled_rows
+from alignment.trainers.minibatches import Targets, shuffled_rows
 from alignment.types import UserInputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -168,15 +168,23 @@ def test_minibatches_do_not_depend_on_who_holds_what() -> None:
 
 
 def test_a_step_makes_all_its_passes(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, "algorithm.epochs_per_step=3")
+    trainer = trainer_of(tmp_path, "algorithm.epochs_per_step=3", "algorithm.prompts_per_step=8")
     rollout = trainer.collect(1, MetricSums())
     rows = [list(part) for part in trainer.minibatches(rollout)]
-    assert rows[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]  # as they were drawn and recorded
+    assert rows[:2] == [list(range(8)), list(range(8, 16))]  # as they were drawn and recorded
     for number in range(3):
-        assert sorted(rows[2 * number] + rows[2 * number + 1]) == list(range(8))
+        assert sorted(rows[2 * number] + rows[2 * number + 1]) == list(range(16))
+    assert len({tuple(map(tuple, rows[i : i + 2])) for i in (0, 2, 4)}) == 3
     assert [list(part) for part in trainer.minibatches(rollout)] == rows
     other = trainer.collect(2, MetricSums())
     assert [list(part) for part in trainer.minibatches(other)] != rows
+
+
+def test_the_recorded_advantage_is_the_mean_over_the_tokens_that_count() -> None:
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    advantages = torch.tensor([[1.0, 2.0, 6.0], [-4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    targets = Targets(advantages, advantages, advantages, mask)
+    assert targets.mean_advantages() == [3.0, -4.0, 0.0]
 
 
 # -- the KL controller ------------------------------------------------------------------------
@@ -244,6 +252,28 @@ def test_stop_kl_ends_the_step(tmp_path: Path) -> None:
     assert updates("far", "algorithm.stop_kl=50.0") == (8, 8, 0.0)
     # The first minibatch finds no distance; the second finds the first update's.
     assert updates("near", "algorithm.stop_kl=1e-7") == (2, 2, 1.0)
+
+
+def test_the_distance_is_the_mean_over_the_tokens_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the ranks would disagree about the end of a step, and wait for each other forever."""
+    trainer = trainer_of(tmp_path, "algorithm.stop_kl=0.3")
+    measured = MetricSums()
+    measured.add("policy/approx_kl", 0.6, 3)
+    assert not trainer.is_far(measured)  # 0.2 a token
+
+    def with_another(total: float, count: float) -> bool:
+        def both(sums: tuple[float, float]) -> list[float]:
+            return [sums[0] + total, sums[1] + count]
+
+        monkeypatch.setattr(trainer.distributed, "sum", both)
+        return trainer.is_far(measured)
+
+    assert with_another(1.2, 1)  # 1.8 over 4 tokens
+    assert not with_another(0.5, 1)
+    monkeypatch.setattr(trainer.distributed, "sum", list)
+    assert not trainer.is_far(MetricSums())  # no token, as in the critic's warm-up
 
 
 # -- the entropy bonus ------------------------------------------------------------------------
