@@ -61,15 +61,27 @@ def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
         AlignmentError: what it names cannot be read.
     """
     found = []
-    for key, value in _texts(recipe.model_dump(mode="json", exclude=set(_OWN_SECTIONS)), ()):
+    sections = recipe.model_dump(mode="json", exclude=set(_OWN_SECTIONS))
+    for key, value in _texts(sections, ()):
         place = _place_in_a_run(value)
         if place is None:
             continue
         run, output = place
         value_hash = output_hash(run, output)
         if value_hash is not None:
-            found.append(ParentRecord(key, str(run), output, value_hash, encoding_of(run)))
+            encoding = None if _exchanges_text(sections, key) else encoding_of(run)
+            found.append(ParentRecord(key, str(run), output, value_hash, encoding))
     return tuple(found)
+
+
+def _exchanges_text(sections: Mapping[str, Any], key: str) -> bool:
+    """Whether the run only talks with what stands there, so that tokens need not be the same: a
+    judge, or a reward model that tokenizes anew."""
+    parts = key.split(".")
+    if parts[0] == "rewards":
+        reward: Mapping[str, Any] = sections["rewards"][int(parts[1])]
+        return reward.get("on_mismatch") == "retokenize"
+    return parts[:2] == ["algorithm", "judge"]
 
 
 def encoding_of(run: Path) -> Encoding | None:

@@ -117,12 +117,19 @@ class DataMaker:
             self.context.engine,
             self.grade,
             self.draw,
-            self.config.prompts_per_step,
+            self.n_prompts(step),
             self.sampling(step),
             over_ranks=lambda count: int(self.context.distributed.sum([count])[0]),
         )
         self.monitor.sampled(collected, metrics)
         return collected.rollout
+
+    def n_prompts(self, step: int) -> int:
+        """Prompts of a step; the last step of a single pass has what is left."""
+        if self.config.steps is not None:
+            return self.config.prompts_per_step
+        left = len(self.context.train.prompts) - (step - 1) * self.config.prompts_per_step
+        return min(self.config.prompts_per_step, left)
 
     def draw(self, n_prompts: int) -> list[Prompt]:
         """This rank's share of the next `n_prompts` prompts of all ranks."""

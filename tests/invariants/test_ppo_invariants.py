@@ -468,8 +468,10 @@ def test_i40_moves_inside_the_clip_are_not_counted_as_clipped(tmp_path: Path) ->
     """Not even by rounding: old + (value - old) is not the value."""
     trainer = trainer_of(tmp_path)
     draw = torch.Generator().manual_seed(0)
-    old, returns = torch.randn(2, 50, 20, generator=draw)
-    predicted = old + 0.19 * (2 * torch.rand(50, 20, generator=draw) - 1)
+    predicted, move, returns = torch.randn(3, 50, 20, generator=draw)
+    predicted = 0.05 * predicted
+    old = predicted + 0.1 * move.clamp(-1.9, 1.9)
+    assert not torch.equal(old + (predicted - old), predicted)
     metrics = MetricSums()
     loss = trainer.critic.loss(predicted, old, returns, torch.ones(50, 20).bool(), metrics)
     assert metrics.result()["critic/value/clip_fraction"] == 0.0
