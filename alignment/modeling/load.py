@@ -168,9 +168,7 @@ def add_lora(
     untyped: Any = model
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # of peft's own doing
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's own doing
         try:
             adapted = get_peft_model(untyped, config, autocast_adapter_dtype=False)
         except ValueError as error:
