@@ -2,16 +2,19 @@
 
     python docs/build_figures.py runs/quickstart     writes docs/images/quickstart.svg
 
-The picture is named after the run's folder, and shows what its metrics.jsonl holds.
+The picture is named after the run's folder, and shows what its metrics.jsonl holds. Where a
+pipeline has compared rewards against divergence, its two figures are written in place of the curve.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from alignment import registry
 from alignment.runs.metrics import read_metrics
 from evals.svg import HEIGHT, WIDTH, Series, line_chart
 
@@ -35,6 +38,10 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(__doc__ or "")
         return 2
     folder = Path(arguments[0])
+    figures = frontiers(folder)
+    if figures:
+        sys.stdout.write("".join(f"{figure}\n" for figure in figures))
+        return 0
     run = run_with_rewards(folder)
     if run is None:
         sys.stderr.write(f"{folder}: neither it nor a stage of it has recorded {METRIC}\n")
@@ -44,6 +51,18 @@ def main(arguments: Sequence[str]) -> int:
     target.write_text(picture(*rewards(run), name=run.name), encoding="utf-8")
     sys.stdout.write(f"{target}\n")
     return 0
+
+
+def frontiers(folder: Path) -> list[Path]:
+    """Copies of the figures of reward against divergence; none where nothing was compared so."""
+    if "reward_kl" not in (folder / "metrics.jsonl").read_text(encoding="utf-8"):
+        return []
+    registry.get("report", "frontier")(folder)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    return [
+        Path(shutil.copy(figure, IMAGES / f"{folder.resolve().name}-{figure.name}"))
+        for figure in sorted(folder.glob("frontier-*.svg"))
+    ]
 
 
 def run_with_rewards(folder: Path) -> Path | None:

@@ -175,4 +175,8 @@ def test_more_kept_than_sampled_is_refused() -> None:
 def test_a_method_that_makes_data_needs_no_learning_rate(tmp_path: Path) -> None:
     assert recipe(tmp_path).optim.lr is None
     with pytest.raises(UserInputError, match="required by rejection_sampling"):
-        recipe(tmp_path, "algorithm.type=rejection_sampling", "rewards=[]")
+        recipe(
+            tmp_path,
+            "algorithm={type: rejection_sampling, prompts_per_step: 2, samples_per_prompt: 2}",
+            "rewards=[]",
+        )
