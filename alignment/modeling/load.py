@@ -222,15 +222,21 @@ def template_hash(tokenizer: Any) -> str:
     return _sha256(tokenizer.chat_template)
 
 
-def _load_base(
+def load_pretrained(
+    auto: Any,
     source: Path | str,
     dtype: torch.dtype,
     attention: Attention,
     trust_remote_code: bool,
     revision: str | None,
-) -> nn.Module:
+) -> tuple[Any, list[str]]:
+    """A model of a transformers `Auto` class in eval mode, and the names of further weights that
+    its files hold.
+
+    Raises:
+        UserInputError: it cannot be loaded, or its files lack weights, which would be random.
+    """
     try:
-        auto: Any = AutoModelForCausalLM
         model, info = auto.from_pretrained(
             source,
             dtype=dtype,
@@ -245,13 +251,18 @@ def _load_base(
     if absent:
         raise UserInputError(
             f"model {str(source)!r}: files lack {len(absent)} weights ({', '.join(absent[:4])}), "
-            "which would be random; give a complete causal language model"
+            "which would be random; give a complete model"
         )
-    if info["unexpected_keys"]:
-        logger.warning("model %s: unused weights %s", source, sorted(info["unexpected_keys"])[:4])
     model.config.use_cache = False
-    loaded: nn.Module = model
-    return loaded.eval()
+    return model.eval(), sorted(info["unexpected_keys"])
+
+
+def _load_base(source: Path | str, *settings: Any) -> nn.Module:
+    loaded, unused = load_pretrained(AutoModelForCausalLM, source, *settings)
+    if unused:
+        logger.warning("model %s: unused weights %s", source, unused[:4])
+    model: nn.Module = loaded
+    return model
 
 
 def _portable_name(path: str | Path, source: Path | str) -> str:

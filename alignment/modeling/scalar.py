@@ -20,7 +20,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity
 from alignment.modeling.catalog import resolve
 from alignment.modeling.export import merged_copy
 from alignment.modeling.heads import ScalarHead, ScalarModel
-from alignment.modeling.load import DTYPES, Attention, LoraOptions, add_lora, cannot_load
+from alignment.modeling.load import DTYPES, Attention, LoraOptions, add_lora, load_pretrained
 from alignment.modeling.padding import give_own_padding
 from alignment.types import UserInputError
 
@@ -145,39 +145,14 @@ def _classifier(config: Any, decoder: nn.Module, head: ScalarHead) -> Any:
     return whole
 
 
-def _load_decoder(
-    source: Path | str,
-    dtype: torch.dtype,
-    attention: Attention,
-    trust_remote_code: bool,
-    revision: str | None,
-) -> tuple[Any, list[str]]:
+def _load_decoder(source: Path | str, *settings: Any) -> tuple[Any, list[str]]:
     """The decoder, and the names of further weights that its files hold (the head's among them)."""
-    auto: Any = AutoModel
-    try:
-        with _quiet():
-            decoder, info = auto.from_pretrained(
-                source,
-                dtype=dtype,
-                attn_implementation=None if attention == "auto" else attention,
-                trust_remote_code=trust_remote_code,
-                revision=revision,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        raise UserInputError(cannot_load("model", source, error)) from error
-    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
-    if absent:
-        raise UserInputError(
-            f"model {str(source)!r}: files lack {len(absent)} weights ({', '.join(absent[:4])}), "
-            "which would be random; give a complete model"
-        )
-    others = sorted(info["unexpected_keys"])
+    with _quiet():
+        decoder, others = load_pretrained(AutoModel, source, *settings)
     unused = [name for name in others if not name.startswith(("score.", *_NOT_NEEDED))]
     if unused:
         logger.warning("model %s: unused weights %s", source, unused[:4])
-    decoder.config.use_cache = False
-    return decoder.eval(), others
+    return decoder, others
 
 
 @contextmanager

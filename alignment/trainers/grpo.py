@@ -16,7 +16,6 @@ The variants differ in one place each:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,14 +24,13 @@ from torch import Tensor
 from alignment.config.methods.grpo import GRPOConfig
 from alignment.losses import reduce_loss
 from alignment.modeling.scorer import Scores
-from alignment.rollout.collect import collect, has_spread
+from alignment.rollout.collect import has_spread
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
 from alignment.trainers.experience import (
     Experience,
     aligned,
     aligned_floats,
-    minibatch_slices,
     pick,
     record_experience,
     shaped_rewards,
@@ -41,9 +39,9 @@ from alignment.trainers.experience import (
 from alignment.trainers.group_relative import ADVANTAGES, POLICY_LOSSES
 from alignment.trainers.kl import KLTerm
 from alignment.trainers.monitor import RolloutMonitor
-from alignment.trainers.sampling import sampling_params
+from alignment.trainers.sampler import Sampler
 from alignment.trainers.update import Updater, record, record_masked, timed
-from alignment.types import Prompt, Rollout, Sample, SamplingParams, UserInputError
+from alignment.types import Rollout, Sample
 
 
 class GRPOTrainer:
@@ -52,15 +50,10 @@ class GRPOTrainer:
     def __init__(self, context: TrainingContext) -> None:
         config = context.recipe.algorithm
         assert isinstance(config, GRPOConfig)
-        if context.rewards is None:
-            raise UserInputError("rewards: GRPO learns from rewards; list at least one")
-        if not context.train.prompts:
-            raise UserInputError("data: there is no prompt to train on")
         assert context.recipe.rollout is not None
         self.config = config
         self.rollout_config = context.recipe.rollout
         self.context = context
-        self.rewards = context.rewards
         self.policy = context.policy
         self.distributed = context.distributed
         self.total_steps = config.steps
@@ -71,12 +64,13 @@ class GRPOTrainer:
         )
         self.update = Updater(context, total_steps=config.steps)
         self.monitor = RolloutMonitor(context)
+        self.sampler = Sampler(context, group_size=config.group_size, monitor=self.monitor)
 
     def step(self, step: int) -> StepResult:
         metrics = MetricSums()
         with timed(metrics, "rollout"):
             rollout = self.collect(step, metrics)
-        parts = self.parts(rollout)
+        parts = self.sampler.parts(rollout, self.config.updates_per_step)
         with timed(metrics, "record"):
             experience = self.record(rollout, parts)
         rewards = shaped_rewards(
@@ -100,25 +94,15 @@ class GRPOTrainer:
 
     def collect(self, step: int, metrics: MetricSums) -> Rollout:
         """Sample groups for the next prompts, and grade them."""
-        self.context.engine.weights_updated(self.update.policy_version)
         dynamic = self.config.dynamic_sampling
-        collected = collect(
-            self.context.engine,
-            self.rewards.grade,
-            self.draw,
+        return self.sampler(
+            step,
             self.config.prompts_per_step,
-            self.sampling(step),
+            metrics,
+            policy_version=self.update.policy_version,
             keep=has_spread if dynamic != "off" else lambda group: True,
             max_rounds=1 + self.config.max_refills if dynamic == "refill" else 1,
-            over_ranks=lambda count: int(self.distributed.sum([count])[0]),
         )
-        self.monitor.sampled(collected, metrics)
-        return collected.rollout
-
-    def draw(self, n_prompts: int) -> list[Prompt]:
-        """This rank's share of the next `n_prompts` prompts of all ranks."""
-        mine = self.distributed.deal(self.context.order.take(n_prompts))
-        return [replace(self.context.train.prompts[row], index=index) for index, row in mine]
 
     def record(self, rollout: Rollout, parts: Sequence[slice]) -> Experience:
         """The rollout as samples, with old and reference log-probabilities."""
@@ -130,7 +114,7 @@ class GRPOTrainer:
             samples,
             parts,
             self.context.recipe.optim.micro_batch_tokens,
-            self.sampling(rollout.step),
+            self.sampler.params(rollout.step),
             old=several or self.kl.in_reward,
             reference=self.kl.needs_reference_logprobs,
         )
@@ -180,7 +164,7 @@ class GRPOTrainer:
 
         def score_options(rows: list[Sample]) -> dict[str, object]:
             options = {
-                "sampling": self.sampling(step),
+                "sampling": self.sampler.params(step),
                 "entropy": True,
                 "entropy_gradient": config.entropy_coef != 0,
             }
@@ -189,20 +173,6 @@ class GRPOTrainer:
             return options
 
         self.update(step, samples, loss_of, metrics, score_options)
-
-    def parts(self, rollout: Rollout) -> list[slice]:
-        """This rank's rows of each minibatch of the step."""
-        own = [item.prompt.index for item in rollout.items[:: rollout.group_size]]
-        everyones = self.distributed.gather(own)
-        return minibatch_slices(own, everyones, self.config.updates_per_step, rollout.group_size)
-
-    def sampling(self, step: int) -> SamplingParams:
-        return sampling_params(
-            self.rollout_config,
-            n=self.config.group_size,
-            seed=self.context.recipe.run.seed,
-            step=step,
-        )
 
     def global_count(self, samples: Sequence[Sample]) -> float:
         """What the loss of a minibatch is divided by, over all ranks."""

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from alignment.config.methods.make_data import PreferenceSamplingConfig, RejectionSamplingConfig
 from alignment.data.prompts import prompt_column
-from alignment.rollout.collect import collect
 from alignment.rollout.sampling import row_key, uniforms
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
 from alignment.trainers.experience import shaped_rewards
 from alignment.trainers.monitor import RolloutMonitor
-from alignment.trainers.sampling import sampling_params
+from alignment.trainers.sampler import Sampler
 from alignment.trainers.update import timed
-from alignment.types import Prompt, RewardedCompletion, Rollout, SamplingParams, StopReason
+from alignment.types import Prompt, RewardedCompletion, Rollout, StopReason
 
 Row = dict[str, Any]
 Group = Sequence[RewardedCompletion]
@@ -85,15 +83,15 @@ class DataMaker:
     def __init__(self, context: TrainingContext) -> None:
         config = context.recipe.algorithm
         assert isinstance(config, RejectionSamplingConfig | PreferenceSamplingConfig)
-        assert context.rewards is not None and context.recipe.rollout is not None
+        assert context.recipe.rollout is not None
         self.config = config
         self.context = context
-        self.grade = context.rewards.grade
         self.rollout_config = context.recipe.rollout
         self.total_steps = config.steps or math.ceil(
             len(context.train.prompts) / config.prompts_per_step
         )
         self.monitor = RolloutMonitor(context)
+        self.sampler = Sampler(context, group_size=config.samples_per_prompt, monitor=self.monitor)
 
     def step(self, step: int) -> StepResult:
         metrics = MetricSums()
@@ -113,16 +111,7 @@ class DataMaker:
 
     def collect(self, step: int, metrics: MetricSums) -> Rollout:
         """Sample and grade groups for the next prompts."""
-        collected = collect(
-            self.context.engine,
-            self.grade,
-            self.draw,
-            self.n_prompts(step),
-            self.sampling(step),
-            over_ranks=lambda count: int(self.context.distributed.sum([count])[0]),
-        )
-        self.monitor.sampled(collected, metrics)
-        return collected.rollout
+        return self.sampler(step, self.n_prompts(step), metrics)
 
     def n_prompts(self, step: int) -> int:
         """Prompts of a step; the last step of a single pass has what is left."""
@@ -130,19 +119,6 @@ class DataMaker:
             return self.config.prompts_per_step
         left = len(self.context.train.prompts) - (step - 1) * self.config.prompts_per_step
         return min(self.config.prompts_per_step, left)
-
-    def draw(self, n_prompts: int) -> list[Prompt]:
-        """This rank's share of the next `n_prompts` prompts of all ranks."""
-        mine = self.context.distributed.deal(self.context.order.take(n_prompts))
-        return [replace(self.context.train.prompts[row], index=index) for index, row in mine]
-
-    def sampling(self, step: int) -> SamplingParams:
-        return sampling_params(
-            self.rollout_config,
-            n=self.config.samples_per_prompt,
-            seed=self.context.recipe.run.seed,
-            step=step,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.context.order.state_dict(), "monitor": self.monitor.state_dict()}

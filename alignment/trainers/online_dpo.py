@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -22,23 +22,22 @@ from torch import Tensor
 
 from alignment.config.methods.online_dpo import OnlineDPOConfig
 from alignment.modeling.scorer import completion_tensor
-from alignment.rollout.collect import collect
 from alignment.rollout.sampling import row_key
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
-from alignment.trainers.experience import minibatch_slices, training_samples
+from alignment.trainers.experience import (
+    minibatch_slices,
+    shaped_rewards,
+    training_samples,
+)
 from alignment.trainers.monitor import RolloutMonitor
 from alignment.trainers.preference import PairLearner, interleaved, reference_logprobs
-from alignment.trainers.sampling import sampling_params
+from alignment.trainers.sampler import Sampler
 from alignment.trainers.update import Updater, timed
 from alignment.types import (
-    Prompt,
     RewardedCompletion,
     Rollout,
     Sample,
-    SamplingParams,
-    StopReason,
-    UserInputError,
 )
 
 Group = Sequence[int]
@@ -119,15 +118,10 @@ class OnlineDPOTrainer:
     def __init__(self, context: TrainingContext) -> None:
         config = context.recipe.algorithm
         assert isinstance(config, OnlineDPOConfig)
-        if context.rewards is None:
-            raise UserInputError("rewards: online DPO pairs by rewards; list at least one")
-        if not context.train.prompts:
-            raise UserInputError("data: there is no prompt to train on")
         assert context.recipe.rollout is not None
         self.config = config
         self.rollout_config = context.recipe.rollout
         self.context = context
-        self.rewards = context.rewards
         self.policy = context.policy
         self.distributed = context.distributed
         self.token_budget = context.recipe.optim.micro_batch_tokens
@@ -135,12 +129,17 @@ class OnlineDPOTrainer:
         self.update = Updater(context, total_steps=config.steps)
         self.learn = PairLearner(context, config.loss, self.update)
         self.monitor = RolloutMonitor(context)
+        self.sampler = Sampler(context, group_size=config.group_size, monitor=self.monitor)
 
     def step(self, step: int) -> StepResult:
         metrics = MetricSums()
         with timed(metrics, "rollout"):
             rollout = self.collect(step, metrics)
-        rewards = self.penalized(rollout)
+        rewards = shaped_rewards(
+            rollout,
+            max_new_tokens=self.rollout_config.max_new_tokens,
+            cut_off_penalty=self.config.truncation_penalty,
+        )
         self.monitor.rewards(rollout, rewards, metrics)
         parts = self.pairs(rollout, rewards.tolist(), metrics)
         with timed(metrics, "record"):
@@ -157,34 +156,8 @@ class OnlineDPOTrainer:
 
     def collect(self, step: int, metrics: MetricSums) -> Rollout:
         """Sample groups for the next prompts, and grade them."""
-        self.context.engine.weights_updated(self.update.policy_version)
-        collected = collect(
-            self.context.engine,
-            self.rewards.grade,
-            self.draw,
-            self.config.prompts_per_step,
-            self.sampling(step),
-            over_ranks=lambda count: int(self.distributed.sum([count])[0]),
-        )
-        self.monitor.sampled(collected, metrics)
-        return collected.rollout
-
-    def draw(self, n_prompts: int) -> list[Prompt]:
-        """This rank's share of the next `n_prompts` prompts of all ranks."""
-        mine = self.distributed.deal(self.context.order.take(n_prompts))
-        return [replace(self.context.train.prompts[row], index=index) for index, row in mine]
-
-    def penalized(self, rollout: Rollout) -> Tensor:
-        """Rewards `[N]`, less the penalty where the completion was cut off; NaN where a grader
-        failed."""
-        penalty = self.config.truncation_penalty or 0.0
-        return torch.tensor(
-            [
-                (float("nan") if item.reward is None else item.reward)
-                - penalty * (item.completion.stop_reason is StopReason.LENGTH)
-                for item in rollout.items
-            ]
-        )
+        version = self.update.policy_version
+        return self.sampler(step, self.config.prompts_per_step, metrics, policy_version=version)
 
     def pairs(
         self, rollout: Rollout, rewards: Sequence[float], metrics: MetricSums
@@ -218,7 +191,7 @@ class OnlineDPOTrainer:
         of."""
         samples = training_samples(rollout, mask_truncated=False)
         for scores, rows in self.policy.score_all(
-            samples, self.token_budget, sampling=self.sampling(step)
+            samples, self.token_budget, sampling=self.sampler.params(step)
         ):
             sampled = completion_tensor(
                 [rollout.items[i].completion.sampling_logprobs for i in rows],
@@ -232,14 +205,6 @@ class OnlineDPOTrainer:
         if not self.config.uses_reference:
             return None
         return reference_logprobs(self.policy, samples, self.token_budget)
-
-    def sampling(self, step: int) -> SamplingParams:
-        return sampling_params(
-            self.rollout_config,
-            n=self.config.group_size,
-            seed=self.context.recipe.run.seed,
-            step=step,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         return {

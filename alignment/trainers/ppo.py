@@ -14,7 +14,6 @@ matter, each with the test that holds it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from alignment.advantages import gae, place_rewards, whiten
 from alignment.config.methods.ppo import PPOConfig
 from alignment.losses import ppo_clip_loss, reduce_loss
 from alignment.modeling.scorer import Scores
-from alignment.rollout.collect import collect
 from alignment.rollout.sampling import row_key
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
@@ -33,7 +31,6 @@ from alignment.trainers.experience import (
     Experience,
     aligned,
     aligned_floats,
-    minibatch_slices,
     pick,
     record_experience,
     shaped_rewards,
@@ -43,9 +40,9 @@ from alignment.trainers.kl import KLTerm
 from alignment.trainers.minibatches import Minibatch, Targets, loss_mask, shuffled_rows
 from alignment.trainers.moments import RunningMoments
 from alignment.trainers.monitor import RolloutMonitor
-from alignment.trainers.sampling import sampling_params
+from alignment.trainers.sampler import Sampler
 from alignment.trainers.update import Updater, record, record_masked, timed
-from alignment.types import Prompt, Rollout, Sample, SamplingParams, StopReason, UserInputError
+from alignment.types import Rollout, Sample, StopReason
 
 
 class PPOTrainer:
@@ -54,15 +51,10 @@ class PPOTrainer:
     def __init__(self, context: TrainingContext) -> None:
         config = context.recipe.algorithm
         assert isinstance(config, PPOConfig)
-        if context.rewards is None:
-            raise UserInputError("rewards: PPO learns from rewards; list at least one")
-        if not context.train.prompts:
-            raise UserInputError("data: there is no prompt to train on")
         assert context.recipe.rollout is not None
         self.config = config
         self.rollout_config = context.recipe.rollout
         self.context = context
-        self.rewards = context.rewards
         self.policy = context.policy
         self.distributed = context.distributed
         self.total_steps = config.steps
@@ -83,6 +75,7 @@ class PPOTrainer:
                 prefix="critic/",
             )
         self.monitor = RolloutMonitor(context, compares_groups=False)
+        self.sampler = Sampler(context, group_size=config.samples_per_prompt, monitor=self.monitor)
         self.score_moments = RunningMoments()
 
     def step(self, step: int) -> StepResult:
@@ -92,7 +85,7 @@ class PPOTrainer:
             rollout = self.collect(step, metrics)
         # 2. Record what the updates will compare with, before any of them: log-probabilities of
         #    the policy and of the reference, and the critic's values.
-        parts = self.parts(rollout)
+        parts = self.sampler.parts(rollout, self.config.updates_per_step)
         with timed(metrics, "record"):
             experience = self.record(rollout, parts, metrics)
             values = self.critic.values(experience.samples, parts)
@@ -120,37 +113,10 @@ class PPOTrainer:
 
     def collect(self, step: int, metrics: MetricSums) -> Rollout:
         """Sample completions for the next prompts, and grade them."""
-        self.context.engine.weights_updated(self.update.policy_version)
-        collected = collect(
-            self.context.engine,
-            self.rewards.grade,
-            self.draw,
-            self.config.prompts_per_step,
-            self.sampling(step),
-            over_ranks=lambda count: int(self.distributed.sum([count])[0]),
-        )
-        self.monitor.sampled(collected, metrics)
-        return collected.rollout
-
-    def draw(self, n_prompts: int) -> list[Prompt]:
-        """This rank's share of the next `n_prompts` prompts of all ranks."""
-        mine = self.distributed.deal(self.context.order.take(n_prompts))
-        return [replace(self.context.train.prompts[row], index=index) for index, row in mine]
-
-    def sampling(self, step: int) -> SamplingParams:
-        return sampling_params(
-            self.rollout_config,
-            n=self.config.samples_per_prompt,
-            seed=self.context.recipe.run.seed,
-            step=step,
-        )
+        version = self.update.policy_version
+        return self.sampler(step, self.config.prompts_per_step, metrics, policy_version=version)
 
     # -- 2. recording -------------------------------------------------------------------------
-
-    def parts(self, rollout: Rollout) -> list[slice]:
-        """This rank's rows of each minibatch of the first pass, contiguous as they were drawn."""
-        own, everyones = self.groups(rollout)
-        return minibatch_slices(own, everyones, self.config.updates_per_step, rollout.group_size)
 
     def groups(self, rollout: Rollout) -> tuple[list[int], list[int]]:
         """Prompts of a rollout by index: this rank's, and those of all ranks."""
@@ -165,7 +131,7 @@ class PPOTrainer:
             training_samples(rollout, mask_truncated=False),
             parts,
             self.context.recipe.optim.micro_batch_tokens,
-            self.sampling(rollout.step),
+            self.sampler.params(rollout.step),
             old=True,
             reference=self.policy.reference is not None,
         )
@@ -265,7 +231,7 @@ class PPOTrainer:
         The first pass takes the minibatches that were recorded: the same rows share a forward pass
         then, so that the first ratio is exactly one in low precision too. The others shuffle.
         """
-        for part in self.parts(rollout):
+        for part in self.sampler.parts(rollout, self.config.updates_per_step):
             yield range(len(rollout.items))[part]
         own, everyones = self.groups(rollout)
         for number in range(1, self.config.epochs_per_step):
@@ -282,7 +248,7 @@ class PPOTrainer:
 
         def score_options(samples: list[Sample]) -> dict[str, object]:
             options: dict[str, object] = {
-                "sampling": self.sampling(batch.step),
+                "sampling": self.sampler.params(batch.step),
                 "entropy": True,
                 "entropy_gradient": self.config.entropy_coef != 0,
             }

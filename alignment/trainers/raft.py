@@ -8,7 +8,6 @@ ids that were sampled are what is trained on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +15,6 @@ from torch import Tensor
 from alignment.config.methods.raft import RAFTConfig
 from alignment.losses import reduce_loss, sft_loss
 from alignment.modeling.scorer import Scores
-from alignment.rollout.collect import collect
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
 from alignment.trainers.experience import (
@@ -28,9 +26,9 @@ from alignment.trainers.experience import (
 )
 from alignment.trainers.kl import KLTerm
 from alignment.trainers.monitor import RolloutMonitor
-from alignment.trainers.sampling import sampling_params
+from alignment.trainers.sampler import Sampler
 from alignment.trainers.update import Updater, record, timed
-from alignment.types import Prompt, RewardedCompletion, Rollout, Sample, SamplingParams
+from alignment.types import RewardedCompletion, Rollout, Sample
 
 
 class RAFTTrainer:
@@ -39,10 +37,9 @@ class RAFTTrainer:
     def __init__(self, context: TrainingContext) -> None:
         config = context.recipe.algorithm
         assert isinstance(config, RAFTConfig)
-        assert context.rewards is not None and context.recipe.rollout is not None
+        assert context.recipe.rollout is not None
         self.config = config
         self.context = context
-        self.grade = context.rewards.grade
         self.rollout_config = context.recipe.rollout
         self.policy = context.policy
         self.distributed = context.distributed
@@ -54,6 +51,7 @@ class RAFTTrainer:
         )
         self.update = Updater(context, total_steps=config.steps)
         self.monitor = RolloutMonitor(context, compares_groups=False)
+        self.sampler = Sampler(context, group_size=config.group_size, monitor=self.monitor)
 
     def step(self, step: int) -> StepResult:
         metrics = MetricSums()
@@ -76,22 +74,8 @@ class RAFTTrainer:
 
     def collect(self, step: int, metrics: MetricSums) -> Rollout:
         """Sample groups for the next prompts, and grade them."""
-        self.context.engine.weights_updated(self.update.policy_version)
-        collected = collect(
-            self.context.engine,
-            self.grade,
-            self.draw,
-            self.config.prompts_per_step,
-            self.sampling(step),
-            over_ranks=lambda count: int(self.distributed.sum([count])[0]),
-        )
-        self.monitor.sampled(collected, metrics)
-        return collected.rollout
-
-    def draw(self, n_prompts: int) -> list[Prompt]:
-        """This rank's share of the next `n_prompts` prompts of all ranks."""
-        mine = self.distributed.deal(self.context.order.take(n_prompts))
-        return [replace(self.context.train.prompts[row], index=index) for index, row in mine]
+        version = self.update.policy_version
+        return self.sampler(step, self.config.prompts_per_step, metrics, policy_version=version)
 
     def best(self, rollout: Rollout, metrics: MetricSums) -> Rollout:
         """The completions to imitate: of each group the best `keep`, none below the minimum."""
@@ -119,7 +103,7 @@ class RAFTTrainer:
             samples,
             [slice(0, len(samples))],
             self.context.recipe.optim.micro_batch_tokens,
-            self.sampling(best.step),
+            self.sampler.params(best.step),
             old=False,
             reference=self.kl.needs_reference_logprobs,
         )
@@ -143,20 +127,12 @@ class RAFTTrainer:
             return reduce_loss(per_token, scores.mask, mode=self.config.reduction, count=count)
 
         def score_options(rows: list[Sample]) -> dict[str, object]:
-            options: dict[str, object] = {"sampling": self.sampling(step)}
+            options: dict[str, object] = {"sampling": self.sampler.params(step)}
             if self.kl.is_full:
                 options["reference"] = self.policy.reference_states(rows)
             return options
 
         self.update(step, samples, loss_of, metrics, score_options)
-
-    def sampling(self, step: int) -> SamplingParams:
-        return sampling_params(
-            self.rollout_config,
-            n=self.config.group_size,
-            seed=self.context.recipe.run.seed,
-            step=step,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -28,6 +28,7 @@ from alignment.runs.checkpoint import list_checkpoints
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.dpo import DPOTrainer
+from alignment.trainers.experience import shaped_rewards
 from alignment.trainers.kto import KTOTrainer
 from alignment.trainers.online_dpo import OnlineDPOTrainer
 from alignment.trainers.preference import PairSums
@@ -404,7 +405,7 @@ def test_i34_online_pairs_are_the_sampled_ids(tmp_path: Path) -> None:
     context = parts_of("online_dpo", tmp_path)
     trainer = OnlineDPOTrainer(context)
     rollout = trainer.collect(1, MetricSums())
-    rewards = trainer.penalized(rollout).tolist()
+    rewards = shaped_rewards(rollout, max_new_tokens=1).tolist()
     (samples,) = trainer.pairs(rollout, rewards, MetricSums())
     assert samples
     reward_of = {

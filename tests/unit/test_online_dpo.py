@@ -16,6 +16,7 @@ from tiny_runs import events_of, metrics_of, rollouts_of, steps_of
 from alignment.config.counts import describe_counts
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.dpo import DPOTrainer
+from alignment.trainers.experience import shaped_rewards
 from alignment.trainers.online_dpo import COMPARISONS, OnlineDPOTrainer, Paired, pair_up
 from alignment.types import (
     AlignmentError,
@@ -102,7 +103,9 @@ def test_a_step_is_one_of_dpo_on_its_pairs(tmp_path: Path, monkeypatch: pytest.M
     context = parts_of("online_dpo", tmp_path, *settings)
     online = OnlineDPOTrainer(context)
     rollout = online.collect(1, MetricSums())
-    (samples,) = online.pairs(rollout, online.penalized(rollout).tolist(), MetricSums())
+    (samples,) = online.pairs(
+        rollout, shaped_rewards(rollout, max_new_tokens=1).tolist(), MetricSums()
+    )
     fresh = OnlineDPOTrainer(parts_of("online_dpo", tmp_path, *settings))
     metrics = fresh.step(1).metrics.result()
 

@@ -159,7 +159,7 @@ def made_up(trainer: GRPOTrainer, *, failed: Sequence[int] = ()) -> Fixed:
         items.append(RewardedCompletion(prompt, completion, reward, outcome, {}))
     rollout = Rollout(tuple(items), group_size=4, step=1)
     samples = training_samples(rollout, mask_truncated=False)
-    own = trainer.policy.logprobs(samples, 4096, sampling=trainer.sampling(1))
+    own = trainer.policy.logprobs(samples, 4096, sampling=trainer.sampler.params(1))
 
     def nearby(scale: float) -> list[Tensor]:
         return [row + scale * torch.randn(row.shape, generator=noise) for row in own]
