@@ -81,6 +81,24 @@ class Updater:
         Raises:
             AlignmentError: too many skipped updates in a row.
         """
+        local_loss = self._accumulate(samples, loss_of, metrics, score_options, together)
+        self._distributed.sum_gradients(self._optimizer.gradients)
+        norm = self._optimizer.clip_(self._optim.max_grad_norm)
+        (loss_sum,) = self._distributed.sum([local_loss])
+        if math.isfinite(norm) and math.isfinite(loss_sum):
+            self._step(step, norm, loss_sum, metrics)
+        else:
+            self._skip(step, norm, loss_sum, metrics)
+
+    def _accumulate(
+        self,
+        samples: Sequence[Sample],
+        loss_of: LossOf,
+        metrics: MetricSums,
+        score_options: Callable[[list[Sample]], dict[str, object]],
+        together: int,
+    ) -> float:
+        """Add the gradient of this rank's samples, micro-batch by micro-batch; returns its loss."""
         local_loss = 0.0
         (n_samples,) = self._distributed.sum([len(samples)])
         budget = self._optim.micro_batch_tokens
@@ -96,13 +114,7 @@ class Updater:
                 local_loss += float(loss.detach())
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
-        self._distributed.sum_gradients(self._optimizer.gradients)
-        norm = self._optimizer.clip_(self._optim.max_grad_norm)
-        (loss_sum,) = self._distributed.sum([local_loss])
-        if math.isfinite(norm) and math.isfinite(loss_sum):
-            self._step(step, norm, loss_sum, metrics)
-        else:
-            self._skip(step, norm, loss_sum, metrics)
+        return local_loss
 
     def _step(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
         lr = learning_rate(
