@@ -37,8 +37,9 @@ from alignment.runs.outputs import FINISHED, Encoding, write_finished
 from alignment.runs.rewind import rewind
 from alignment.trainers.context import Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
-from alignment.trainers.loop import Loop, restore_state
+from alignment.trainers.loop import Loop
 from alignment.trainers.setup import Loaded, assemble, load_parts
+from alignment.trainers.state import restore_state
 from alignment.types import AlignmentError, UserInputError
 
 
