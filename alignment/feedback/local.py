@@ -20,7 +20,7 @@ from alignment.feedback.chat_model import (
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.logits import check_sampling_params
 from alignment.modeling.packing import plan_micro_batches
-from alignment.modeling.scorer import packing_fault, score
+from alignment.modeling.scorer import choose_layout, score
 from alignment.rollout.engine import RolloutEngine
 from alignment.rollout.mode import sampling_mode
 from alignment.types import Completion, Prompt, Sample, SamplingParams, StopReason, UserInputError
@@ -176,8 +176,7 @@ def model_logprobs(model: nn.Module, token_budget: int = 4096) -> Logprobs:
         token_budget: tokens computed in one forward.
     """
     backbone = Backbone(model)
-    if backbone.plain_reason is None:
-        backbone.plain_reason = packing_fault(backbone)
+    choose_layout(backbone)
     shares = backbone.plain_reason is None
 
     def logprobs(samples: Sequence[Sample]) -> list[Tensor]:

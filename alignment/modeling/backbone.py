@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment.activity import ACTIVITY
+from alignment.modeling.attention import NAME, Seams, attention_as, is_exchangeable
 from alignment.types import AlignmentError
 
 # Layer kinds whose state is not a set of keys and values: no attention mask can keep packed
@@ -29,6 +31,7 @@ class Backbone:
     Attributes:
         plain_reason: why only plain padded rows are valid for this architecture, or None where
             custom masks are.
+        cuts_at_seams: whether packed rows may be run by `packed_attention`; else by block masks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,6 +42,7 @@ class Backbone:
         self.decoder: nn.Module = causal_lm.base_model
         self.lm_head: nn.Module | None = causal_lm.get_output_embeddings()
         self.plain_reason = _plain_reason(causal_lm, self.config)
+        self.cuts_at_seams = is_exchangeable(causal_lm, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +64,7 @@ class Backbone:
 
         `attention_mask` is what `masks` returned, or a 2-D padding mask for plain rows.
         """
-        output = self.decoder(
+        output = self._decode(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -77,6 +81,7 @@ class Backbone:
         position_ids: Tensor,
         attention_mask: Tensor | dict[str, Tensor] | None,
         real: Tensor,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states and the load-balancing loss of a mixture of experts.
 
@@ -86,12 +91,13 @@ class Backbone:
         Raises:
             AlignmentError: the architecture has no router.
         """
-        output = self.decoder(
+        output = self._decode(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
             output_router_logits=True,
+            **kwargs,
         )
         routers = getattr(output, "router_logits", None)
         if not routers:
@@ -103,6 +109,14 @@ class Backbone:
             for layer in routers
         ]
         return output.last_hidden_state, torch.stack(per_layer).mean()
+
+    def _decode(self, *, seams: Seams | None = None, **inputs: Any) -> Any:
+        """Run the decoder; `seams` go with the masks of a row that is cut there."""
+        ACTIVITY.move()
+        if seams is None:
+            return self.decoder(**inputs)
+        with attention_as(self.config, NAME):
+            return self.decoder(**inputs, seams=seams)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., D]`, scaled as the architecture asks."""
@@ -131,7 +145,7 @@ class Backbone:
             allowed: bool `[B, Q, K]`, True where query q may look at key k (causality included,
                 sliding windows not).
             query_positions: `[B, Q]`, position of each query inside its own sequence.
-            key_positions: `[B, K]`, likewise for keys.
+            key_positions: `[B, K]` (or `[1, K]`), likewise for keys.
 
         Returns:
             A 4-D mask, or a dict of them by layer type where the model mixes types.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from alignment.modeling.backbone import Backbone
+from alignment.modeling.memory import TokenCap, micro_batched
 from alignment.modeling.packing import Reads, plan_micro_batches
-from alignment.modeling.scorer import Values, packing_fault, read_values
+from alignment.modeling.scorer import Values, choose_layout, read_values
 from alignment.types import Sample
 
 
@@ -41,8 +42,8 @@ class ScalarModel(nn.Module):
         self.head = head
         self.backbone = Backbone(decoder)
         self.router_loss = router_loss
-        if self.backbone.plain_reason is None:
-            self.backbone.plain_reason = packing_fault(self.backbone)
+        self.cap = TokenCap()
+        choose_layout(self.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -75,8 +76,9 @@ class ScalarModel(nn.Module):
     def values(self, samples: Sequence[Sample], token_budget: int, *, reads: Reads) -> list[Tensor]:
         """The head without gradients, one fp32 `[completion length]` tensor a sample."""
         out: list[Tensor] = [torch.empty(0)] * len(samples)
-        for batch in self.plan(samples, token_budget):
-            read = self([samples[i] for i in batch], reads=reads)
+        for read, batch in micro_batched(
+            self, samples, token_budget, lambda rows: self(rows, reads=reads)
+        ):
             for row, i in enumerate(batch):
                 out[i] = read.values[row, : len(samples[i].completion_ids)]
         return out

@@ -2,8 +2,10 @@
 
 A *unit* is a prompt with some of its completions. A unit is laid out as the prompt's tokens
 followed by each completion's input tokens; a completion looks at the prompt and at itself, never
-at its neighbours, and its positions continue the prompt's. Units are put into rows first-fit, so
-that attention costs `rows x row_length^2` rather than `tokens^2`.
+at its neighbours, and its positions continue the prompt's. Where attention cuts a row at its
+seams (`alignment.modeling.attention`), all units stand in one row, without padding. Where it takes
+a block mask, they are put into rows first-fit: attention costs `rows x row_length^2`, and rows end
+in padding.
 
 The last token of a completion predicts nothing that is scored, so it is not an input; the first
 is predicted by the prompt's last token, which all completions of the unit share. A head that reads
@@ -19,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alignment.modeling.attention import Seams
 from alignment.types import AlignmentError, Sample
 
 # Rows longer than this are not built from several units, and a unit is split when it would
@@ -36,7 +39,10 @@ class Packed:
     """One forward pass. `R` rows of `L` tokens, `M` scored completion tokens of `B` samples.
 
     input_ids, position_ids: `[R, L]` (padding has id 0 and looks at itself only).
-    allowed:     bool `[R, L, L]`, or None for plain rows, where `real` is all a model needs.
+    allowed:     bool `[R, L, K]`, or None for plain rows, where `real` is all a model needs.
+    key_positions: `[R or 1, K]`, position of each key of `allowed` in its sequence.
+    seams:       where the one row is cut; the keys of `allowed` are then the positions of a token's
+                 own sample, else the tokens of its row.
     real:        bool `[R, L]`, False at padding.
     source:      `[M]`, flat index into `R * L` of the token whose hidden state is read.
     target_ids:  `[M]`, the completion token it belongs to.
@@ -46,6 +52,8 @@ class Packed:
     input_ids: Tensor
     position_ids: Tensor
     allowed: Tensor | None
+    key_positions: Tensor
+    seams: Seams | None
     real: Tensor
     source: Tensor
     target_ids: Tensor
@@ -105,11 +113,22 @@ def plan_micro_batches(
 
 
 def pack(
-    samples: Sequence[Sample], *, device: torch.device | str = "cpu", reads: Reads = "before"
+    samples: Sequence[Sample],
+    *,
+    device: torch.device | str = "cpu",
+    reads: Reads = "before",
+    cut_at_seams: bool = False,
+    window: int | None = None,
 ) -> Packed:
-    """Pack samples with shared prompts into rows with a block mask."""
+    """Pack samples with shared prompts into rows with a block mask, or into one that is cut.
+
+    Args:
+        cut_at_seams: one row of all units, for `packed_attention`.
+        window: how far back the model's layers look at most where some do not look at everything.
+    """
     _check(samples)
-    rows = _fill_rows(_units(samples, range(len(samples)), ROW_TOKENS, reads))
+    units = _units(samples, range(len(samples)), ROW_TOKENS, reads)
+    rows = [units] if cut_at_seams else _fill_rows(units)
     length = max(sum(unit.length for unit in row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
@@ -146,14 +165,19 @@ def pack(
                 at_col.append(torch.arange(len(completion)))
                 cursor = end
             start += unit.length
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same_unit = unit_of[:, :, None] == unit_of[:, None, :]
-    key_part = part_of[:, None, :]
-    visible = (key_part == 0) | (key_part == part_of[:, :, None])
+    if cut_at_seams:
+        key_positions = torch.arange(int(positions.max()) + 1)[None]
+        allowed = key_positions[:, None, :] <= positions[:, :, None]
+        is_windowed = window is not None and key_positions.numel() > window
+        seams = Seams([_lengths(samples, unit, reads) for unit in units], is_windowed)
+    else:
+        key_positions, allowed, seams = positions, _block_mask(unit_of, part_of), None
     return Packed(
         input_ids=ids.to(device),
         position_ids=positions.to(device),
-        allowed=(causal & same_unit & visible).to(device),
+        allowed=allowed.to(device),
+        key_positions=key_positions.to(device),
+        seams=seams,
         real=(unit_of >= 0).to(device),
         source=torch.cat(source).to(device),
         target_ids=torch.tensor(target, device=device),
@@ -170,6 +194,7 @@ def pad(
     first = -1 if reads == "before" else 0
     lengths = [len(s.prompt_ids) + _n_inputs(s, reads) for s in samples]
     length = max(lengths)
+    positions = torch.arange(length).repeat(len(samples), 1).to(device)
     ids = torch.zeros(len(samples), length, dtype=torch.long)
     for r, sample in enumerate(samples):
         tokens = (*sample.prompt_ids, *sample.completion_ids)
@@ -181,8 +206,10 @@ def pad(
     ]
     return Packed(
         input_ids=ids.to(device),
-        position_ids=torch.arange(length).repeat(len(samples), 1).to(device),
+        position_ids=positions,
         allowed=None,
+        key_positions=positions,
+        seams=None,
         real=present.to(device),
         source=torch.cat(source).to(device),
         target_ids=torch.tensor([t for s in samples for t in s.completion_ids], device=device),
@@ -191,6 +218,20 @@ def pad(
         ),
         cols=torch.cat([torch.arange(len(s.completion_ids)) for s in samples]).to(device),
     )
+
+
+def _block_mask(unit_of: Tensor, part_of: Tensor) -> Tensor:
+    """bool `[R, L, L]`: causal, inside a unit, there to the prompt (part 0) and its own part."""
+    length = unit_of.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same_unit = unit_of[:, :, None] == unit_of[:, None, :]
+    key_part = part_of[:, None, :]
+    return causal & same_unit & ((key_part == 0) | (key_part == part_of[:, :, None]))
+
+
+def _lengths(samples: Sequence[Sample], unit: _Unit, reads: Reads) -> tuple[int, ...]:
+    """Tokens of a unit's prompt and of each of its completions."""
+    return (len(unit.prompt), *(_n_inputs(samples[m], reads) for m in unit.members))
 
 
 def _check(samples: Sequence[Sample]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignment.losses.kl import kl_full
+from alignment.modeling.attention import SeamsLost
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.logits import transform_logits
 from alignment.modeling.packing import Packed, Reads, pack, pad
@@ -186,6 +187,15 @@ def completion_tensor(
     return out.to(device)
 
 
+def choose_layout(backbone: Backbone) -> None:
+    """Settle how samples are laid out for this model: in one row cut at its seams, else in rows
+    under a block mask, else plainly padded; the first under which none sees another."""
+    if backbone.plain_reason is None and backbone.cuts_at_seams:
+        backbone.cuts_at_seams = packing_fault(backbone) is None
+    if backbone.plain_reason is None and not backbone.cuts_at_seams:
+        backbone.plain_reason = packing_fault(backbone)
+
+
 @torch.no_grad()
 def packing_fault(backbone: Backbone) -> str | None:
     """Check on a few tokens that packed samples do not see each other; None where they don't.
@@ -205,7 +215,10 @@ def packing_fault(backbone: Backbone) -> str | None:
         for prompt, tail in zip(rows, tails, strict=True)
         for n in [len(tail)]
     ]
-    packed = _fingerprint(backbone, samples)
+    try:
+        packed = _fingerprint(backbone, samples)
+    except SeamsLost as error:
+        return str(error)
     worst = 0.0
     for sample, together in zip(samples, packed, strict=True):
         (alone,) = _fingerprint(backbone, [sample])
@@ -246,8 +259,15 @@ class _Columns:
 
 
 def _lay_out(backbone: Backbone, samples: Sequence[Sample], reads: Reads = "before") -> Packed:
-    make = pack if backbone.plain_reason is None else pad
-    return make(samples, device=backbone.device, reads=reads)
+    if backbone.plain_reason is not None:
+        return pad(samples, device=backbone.device, reads=reads)
+    return pack(
+        samples,
+        device=backbone.device,
+        reads=reads,
+        cut_at_seams=backbone.cuts_at_seams,
+        window=getattr(backbone.config, "sliding_window", None),
+    )
 
 
 def _hidden(backbone: Backbone, packed: Packed, router_loss: bool) -> tuple[Tensor, Tensor | None]:
@@ -256,12 +276,11 @@ def _hidden(backbone: Backbone, packed: Packed, router_loss: bool) -> tuple[Tens
     if packed.allowed is None:
         mask = packed.real.long()
     else:
-        mask = backbone.masks(packed.allowed, packed.position_ids, packed.position_ids)
+        mask = backbone.masks(packed.allowed, packed.position_ids, packed.key_positions)
+    inputs = (packed.input_ids, packed.position_ids, mask)
     if router_loss:
-        return backbone.hidden_and_router_loss(
-            packed.input_ids, packed.position_ids, mask, packed.real
-        )
-    return backbone.hidden(packed.input_ids, packed.position_ids, mask), None
+        return backbone.hidden_and_router_loss(*inputs, packed.real, seams=packed.seams)
+    return backbone.hidden(*inputs, seams=packed.seams), None
 
 
 def _read_head(

@@ -8,13 +8,14 @@ keeps siblings apart. It is one call of torch's scaled-dot-product attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from alignment.modeling.attention import attention_as, is_exchangeable
 
 NAME = "alignment_grouped"
 
@@ -96,20 +97,12 @@ def heads_per_key(causal_lm: Any, config: Any) -> int | None:
         for module in causal_lm.modules()
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
     }
-    plain = config._attn_implementation == "sdpa"
-    exchangeable = getattr(causal_lm, "_supports_attention_backend", False)
-    return ratios.pop() if plain and exchangeable and len(ratios) == 1 else None
+    return ratios.pop() if is_exchangeable(causal_lm, config) and len(ratios) == 1 else None
 
 
-@contextmanager
-def grouped(config: Any) -> Iterator[None]:
+def grouped(config: Any) -> AbstractContextManager[None]:
     """Run the model of this config with `grouped_attention`."""
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attention_as(config, NAME)
 
 
 def repeat_for_heads(mask: Tensor | dict[str, Tensor], shared: int) -> Tensor | dict[str, Tensor]:

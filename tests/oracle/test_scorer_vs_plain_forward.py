@@ -7,10 +7,10 @@ import torch
 from tiny_models import FAMILIES, RECURRENT, VOCAB, recurrent_model, tiny_model
 from torch import Tensor
 
+from alignment.modeling.attention import SeamsLost, recomputed_alike
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.packing import plan_micro_batches
-from alignment.modeling.policy import packing_fault
-from alignment.modeling.scorer import predicting_states, score
+from alignment.modeling.scorer import choose_layout, packing_fault, predicting_states, score
 from alignment.types import AlignmentError, Sample, SamplingParams
 
 
@@ -44,9 +44,10 @@ def gradients(model) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["default", "eager"])
+@pytest.mark.parametrize("attention", ["default", "block masks", "eager"])
 def test_i25_packed_equals_one_by_one_in_values_and_gradients(family: str, attention: str) -> None:
     model = tiny_model(family)
+    runs_sdpa = model.config._attn_implementation == "sdpa"
     if attention == "eager":
         if model.config._attn_implementation == "eager":
             pytest.skip("eager is this family's default")
@@ -54,6 +55,9 @@ def test_i25_packed_equals_one_by_one_in_values_and_gradients(family: str, atten
     samples = random_samples()
     weights = torch.randn(len(samples), max(len(s.completion_ids) for s in samples))
     backbone = Backbone(model)
+    assert backbone.cuts_at_seams == (runs_sdpa and attention != "eager")
+    if attention == "block masks":
+        backbone.cuts_at_seams = False
     assert backbone.plain_reason is None and packing_fault(backbone) is None
 
     scores = score(backbone, samples)
@@ -73,6 +77,44 @@ def test_i25_packed_equals_one_by_one_in_values_and_gradients(family: str, atten
         torch.testing.assert_close(
             packed_gradients[name], gradient, atol=1e-5 * max(scale, 1.0), rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_layers_computed_again_attend_as_they_did(family: str) -> None:
+    """Activation checkpointing runs layers a second time, after the forward pass is over."""
+    model = tiny_model(family)
+    samples = random_samples()
+    score(Backbone(model), samples).logprobs.sum().backward()
+    expected = gradients(model)
+    context_fn = recomputed_alike(model.config)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
+    model.train()
+    score(Backbone(model), samples).logprobs.sum().backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6)
+
+
+def test_a_row_cut_at_its_seams_has_no_padding() -> None:
+    samples = random_samples()
+    prompts = {s.prompt_ids for s in samples}
+    tokens = sum(map(len, prompts)) + sum(len(s.completion_ids) - 1 for s in samples)
+    assert score(Backbone(tiny_model()), samples).n_tokens == tokens
+
+
+def test_layers_that_lose_the_seams_get_block_masks() -> None:
+    model = tiny_model()
+    backbone = Backbone(model)
+    whole = backbone.decoder.forward
+    backbone.decoder.forward = lambda seams=None, **inputs: whole(**inputs)
+    with pytest.raises(SeamsLost, match="not told where packed rows are cut"):
+        score(backbone, random_samples())
+    choose_layout(backbone)
+    assert not backbone.cuts_at_seams and backbone.plain_reason is None
+    sample = random_samples()[4]
+    row = score(backbone, random_samples()).logprobs[4, : len(sample.completion_ids)]
+    torch.testing.assert_close(row, plain_logprobs(model, sample), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -176,8 +218,10 @@ def test_i24_log_softmax_is_float32_in_a_bfloat16_model() -> None:
 def test_i25_a_model_that_ignores_the_mask_falls_back_to_plain_rows() -> None:
     model = tiny_model()
     backbone = Backbone(model)
+    backbone.cuts_at_seams = False
     backbone.masks = lambda allowed, q, k: None  # type: ignore[method-assign]
-    assert "see each other" in (packing_fault(backbone) or "")
+    choose_layout(backbone)
+    assert "see each other" in (backbone.plain_reason or "")
 
 
 @pytest.mark.parametrize("family", RECURRENT)
