@@ -1,5 +1,6 @@
 # make quickstart   set up, then SFT + RL on a real model, and a report
 # make test         set up, then the checks and the tests
+# make faults       set up, then runs of every method that are killed again and again
 #
 # PYTHON  the interpreter to make the environment with (3.11 to 3.13)
 # VENV    where the environment is
@@ -12,7 +13,7 @@ STAMP  := $(VENV)/.installed
 # Errors only: what pip says of every index it looks at would bury them.
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: setup quickstart test lint format typecheck bench docs clean
+.PHONY: setup quickstart test faults lint format typecheck bench docs clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,10 @@ quickstart: setup
 test: lint typecheck
 	$(BIN)/pytest
 
+# For some methods, or other numbers of kills: .venv/bin/python tests/faults --help
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +57,7 @@ bench: setup
 	$(BIN)/python benchmarks/sft_vs_trl.py
 	$(BIN)/python benchmarks/dpo_vs_trl.py
 	$(BIN)/python benchmarks/rm_vs_trl.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 # The recipe reference, and the picture in the README where the quick start has been run.
 docs: setup

@@ -224,8 +224,12 @@ class RewardedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What one step sampled: completions in prompt-major order, `group_size` per prompt."""
+    """What one step sampled: completions in prompt-major order, `group_size` per prompt.
+
+    `dropped` are sampled and graded too, but not trained on (dynamic sampling left them out).
+    """
 
     items: tuple[RewardedCompletion, ...]
     group_size: int
     step: int
+    dropped: tuple[RewardedCompletion, ...] = ()

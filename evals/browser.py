@@ -26,6 +26,7 @@ _COLUMNS = (
     "sample_index",
     "prompt_index",
     "reward_parts",
+    "kept",
 )
 
 
@@ -54,7 +55,7 @@ class SampleGroup:
 
 
 def rollout_groups(run: RunData) -> list[SampleGroup]:
-    """Samples of the first, the middle and the last recorded step."""
+    """Samples that the first, the middle and the last recorded step trained on."""
     chosen = sorted({0, len(run.rollouts) // 2, len(run.rollouts) - 1}) if run.rollouts else []
     groups = []
     for index in chosen:
@@ -137,7 +138,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(
         path, columns=[name for name in _COLUMNS if name in available]
     ).to_pylist()
-    return rows
+    return [row for row in rows if row.get("kept", True)]
 
 
 def _shown(why: str, row: Mapping[str, Any]) -> ShownSample:

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from alignment.activity import ACTIVITY
 from alignment.types import AlignmentError, Outcome, UserInputError
 
 WALL_FACTOR = 4.0
@@ -158,6 +159,7 @@ class WorkerPool:
         }
 
     def _wait(self, batch: _Batch) -> None:
+        ACTIVITY.move()  # every wait has an end
         now = time.monotonic()
         nearest = min((worker.deadline for worker in self._crew.active()), default=now)
         for key, _ in self._crew.selector.select(max(0.0, nearest - now)):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from alignment.data.chat import stop_token_ids
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import Turns, name_row, prompt_of
+from alignment.data.formats import Turns, prompt_of
 from alignment.distributed import Distributed
 from alignment.modeling.catalog import resolve
 from alignment.modeling.heads import ScalarModel
@@ -245,7 +245,7 @@ class _Retokenizer:
 
     def __call__(self, item: Item) -> Sample:
         prompt, completion = item
-        chat, where = self._encoder.chat, name_row(prompt.index)
+        chat, where = self._encoder.chat, f"the row of prompt {prompt.index}"
         turns = prompt_of(prompt.row, chat=chat, where=where)
         answer: Turns = completion.text
         if chat:

@@ -13,12 +13,16 @@ from alignment import __version__
 from alignment.cli import (
     chat,
     check,
+    compare,
     doctor,
     eval,
+    export,
     lineage,
     models,
     recipes,
+    replay,
     report,
+    reward,
     train,
     verify,
 )
@@ -33,6 +37,7 @@ app = typer.Typer(
 )
 _recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the toolkit.")
 _models = typer.Typer(no_args_is_help=True, help="The models that need no hub.")
+_reward = typer.Typer(no_args_is_help=True, help="The rewards of a recipe.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,21 +62,26 @@ _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
     (app, "train", train.train),
     (app, "check", check.check),
     (app, "eval", eval.evaluate),
+    (app, "compare", compare.compare),
     (app, "verify", verify.verify),
+    (app, "replay", replay.replay),
     (app, "report", report.report),
     (app, "lineage", lineage.lineage),
     (app, "chat", chat.chat),
+    (app, "export", export.export),
     (app, "doctor", doctor.doctor),
     (_recipes, "list", recipes.list_recipes),
     (_recipes, "show", recipes.show),
     (_recipes, "copy", recipes.copy),
     (_models, "list", models.list_models),
     (_models, "fetch", models.fetch),
+    (_reward, "test", reward.test),
 )
 for _group, _name, _command in _COMMANDS:
     _group.command(_name)(guarded(_command))
 app.add_typer(_recipes, name="recipes")
 app.add_typer(_models, name="models")
+app.add_typer(_reward, name="reward")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from alignment.runs.launched import report
 from alignment.types import AlignmentError, UserInputError
 
 EXIT_FAILED = 1
@@ -44,11 +45,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
             sys.stdout.flush()
         except UserInputError as error:
-            fail(str(error), EXIT_USER_INPUT)
+            fail(_told(error), EXIT_USER_INPUT)
         except AlignmentError as error:
-            fail(str(error), getattr(error, "exit_code", EXIT_FAILED))
-        except KeyboardInterrupt:
-            fail("interrupted", EXIT_INTERRUPTED)
+            fail(_told(error), getattr(error, "exit_code", EXIT_FAILED))
+        except KeyboardInterrupt as error:
+            fail(f"interrupted{_told(error)}", EXIT_INTERRUPTED)
         except BrokenPipeError:
             # Whoever reads the output may stop reading. Any other pipe, such as one to a reward's
             # worker, is an error like every other; typer would swallow it.
@@ -59,9 +60,15 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _told(error: BaseException) -> str:
+    """An error's message and the notes that were added to it."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
 def fail(message: str, code: int) -> NoReturn:
-    """Say why on stderr and leave with `code`."""
-    typer.echo(f"align: {message}", err=True)
+    """Say why on stderr, or to the launcher that speaks for all ranks, and leave with `code`."""
+    if not report(message, code):
+        typer.echo(f"align: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -77,6 +84,12 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
         ).rstrip()
         for row in lines
     )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    affinity: Callable[[int], Any] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _reader_is_gone() -> bool:

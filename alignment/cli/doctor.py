@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import shutil
 import time
@@ -16,7 +15,7 @@ from typing import Any, get_args
 import typer
 
 from alignment import __version__, registry
-from alignment.cli.common import EXIT_FAILED, lazy, table
+from alignment.cli.common import EXIT_FAILED, lazy, table, usable_cores
 from alignment.types import UserInputError
 
 _DISTRIBUTION = "alignment-toolkit"
@@ -80,7 +79,7 @@ def compute() -> Iterator[Finding]:
                 "device",
                 f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB",
             )
-    threads, cores = torch.get_num_threads(), _usable_cores()
+    threads, cores = torch.get_num_threads(), usable_cores()
     yield Finding("device", f"cpu, {cores} usable cores, {threads} torch threads")
     if threads > cores:
         yield Finding(
@@ -151,11 +150,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _usable_cores() -> int:
-    affinity: Callable[[int], Any] | None = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _matmul_rate(torch: Any, dtype: str, device: str, size: int = 768, repeats: int = 8) -> float:

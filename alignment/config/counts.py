@@ -38,7 +38,9 @@ def _saves(recipe: Recipe) -> list[str]:
     if not every or not isinstance(steps, int):
         return []
     saved = -(-steps // every)
+    keep_best = recipe.checkpoint.keep_best
+    best = f", and the one with the best {keep_best.metric}" if keep_best else ""
     return [
         f"a checkpoint every {many(every, 'step')} and at the end = {saved}, "
-        f"of which the last {min(saved, recipe.checkpoint.keep)} are kept"
+        f"of which the last {min(saved, recipe.checkpoint.keep)} are kept{best}"
     ]

@@ -160,6 +160,15 @@ class OptimConfig(Section):
     """Most tokens that go through the model at once; sets memory, never the result."""
 
 
+class BestConfig(Section):
+    """Which checkpoint is the best one."""
+
+    metric: str
+    """A name in metrics.jsonl, such as eval/held_out_loss/loss."""
+    mode: Literal["max", "min"]
+    """Whether the largest or the smallest value is the best."""
+
+
 class CheckpointConfig(Section):
     """When to save what a killed run goes on from."""
 
@@ -167,6 +176,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep: PositiveCount = 2
     """Latest checkpoints to keep."""
+    keep_best: BestConfig | None = None
+    """Keep the checkpoint with the best value of a metric, too; null keeps the latest alone. Only
+    checkpoints of steps that measured the metric compete."""
 
 
 class TaskConfig(PluginSection):
@@ -202,6 +214,10 @@ class LimitsConfig(Section):
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probability."""
     idle_steps: PositiveCount = 5
     """Steps in a row in which nothing could be learned (no spread of reward, zero gradient)."""
+    hang_minutes: NonNegative = 30.0
+    """How long nothing may move (no token sampled, no forward pass, no phase begun or ended) on a
+    rank and those it waits for, before the run is ended with the rank, phase and samples named; 0
+    never ends it. More than the slowest call of a reward, which cannot be interrupted."""
 
 
 def parsed_expectation(text: str) -> str:

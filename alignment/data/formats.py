@@ -15,7 +15,8 @@ A prompt, a completion, `chosen` and `rejected` are a string or a list of messag
 strings become messages: a prompt the user's, a completion the assistant's. Without, all must be
 strings, and no template is applied.
 
-Every function takes `where`, the name of the row ("row 12"), and begins its errors with it.
+Every function takes `where`, the name of the row (see `alignment.data.places`), and begins its
+errors with it.
 """
 
 from __future__ import annotations
@@ -299,8 +300,3 @@ def _listed(row: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def name_row(index: int) -> str:
-    """How messages name row `index` of a data set."""
-    return f"row {index} (counting from 0)"

@@ -7,15 +7,9 @@ from typing import Any
 
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import (
-    Turns,
-    detect,
-    has_content,
-    labelled_of,
-    name_row,
-    preference_of,
-)
+from alignment.data.formats import Turns, detect, has_content, labelled_of, preference_of
 from alignment.data.pairs import unusable
+from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
 from alignment.data.report import NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
 from alignment.types import LabelledSample
@@ -30,6 +24,7 @@ def build_labelled(
     system: str | None = None,
     style: Style = "auto",
     template_options: Mapping[str, Any] | None = None,
+    places: Places = WHOLE_SOURCE,
 ) -> tuple[list[LabelledSample], DataReport]:
     """Tokenize completions that somebody found desirable or not (KTO).
 
@@ -46,6 +41,7 @@ def build_labelled(
         system: a system message for conversations that do not begin with one.
         style: `chat`, `plain`, or `auto`: chat if the tokenizer has a template.
         template_options: keyword arguments of the chat template.
+        places: where the rows stand in their source, for messages.
 
     Raises:
         UserInputError: a malformed row (named), a row over the limit under `error`, or no row
@@ -59,10 +55,10 @@ def build_labelled(
         style=style,
         template_options=template_options,
     )
-    tally = Tally()
+    tally = Tally(places)
     samples = []
     for index, row in enumerate(rows):
-        where = name_row(index)
+        where = places.name(index)
         for prompt, completion, desirable, reason in _judged(row, encoder.chat, where):
             if reason:
                 tally.drop(index, reason)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
 from alignment.types import UserInputError
-
-RowT = TypeVar("RowT", bound=Mapping[str, Any])
 
 
 class DataOrder:
@@ -90,9 +88,13 @@ class DataOrder:
 
 
 def split_held_out(
-    rows: Sequence[RowT], k: int, seed: int, *, by: Literal["row", "prompt"] = "prompt"
-) -> tuple[list[RowT], list[RowT]]:
-    """Split rows into (kept, held out), `k` of them held out.
+    rows: Sequence[Mapping[str, Any]],
+    k: int,
+    seed: int,
+    *,
+    by: Literal["row", "prompt"] = "prompt",
+) -> tuple[list[int], list[int]]:
+    """Split rows into (kept, held out), `k` of them held out, each by its index in `rows`.
 
     Rows that are the same, or with `by="prompt"` have the same prompt (or the same `split_key`,
     where a source says which rows are one problem), stay on one side. Whether a
@@ -119,8 +121,7 @@ def split_held_out(
             f"no {k} rows can be held out: each {by} appears more than {k} times; hold out more, "
             'or split by="row"'
         )
-    kept = [row for index, row in enumerate(rows) if index not in held]
-    return kept, [rows[index] for index in sorted(held)]
+    return [index for index in range(len(rows)) if index not in held], sorted(held)
 
 
 def _identity(row: Mapping[str, Any], by: str) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import Turns, has_content, margin_of, name_row, preference_of
+from alignment.data.formats import Turns, has_content, margin_of, preference_of
+from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
 from alignment.data.report import DataReport, Tally, TooLong
 from alignment.types import PairBatch, Sample, UserInputError
@@ -28,6 +29,7 @@ def build_pairs(
     system: str | None = None,
     style: Style = "auto",
     template_options: Mapping[str, Any] | None = None,
+    places: Places = WHOLE_SOURCE,
 ) -> tuple[PairBatch, DataReport]:
     """Tokenize preference pairs; both sides of a pair have the same prompt ids.
 
@@ -45,6 +47,7 @@ def build_pairs(
         system: a system message for conversations that do not begin with one.
         style: `chat`, `plain`, or `auto`: chat if the tokenizer has a template.
         template_options: keyword arguments of the chat template.
+        places: where the rows stand in their source, for messages.
 
     Raises:
         UserInputError: a malformed row (named), a pair over the limit under `error`, or no pair
@@ -58,11 +61,11 @@ def build_pairs(
         style=style,
         template_options=template_options,
     )
-    tally = Tally()
+    tally = Tally(places)
     chosen, rejected = [], []
     margins: list[float | None] = []
     for index, row in enumerate(rows):
-        where = name_row(index)
+        where = places.name(index)
         margins.append(margin_of(row, where=where))
         sides = preference_of(row, chat=encoder.chat, where=where)
         pair = unusable(*sides) or _encode(encoder, *sides, where)
@@ -74,7 +77,8 @@ def build_pairs(
         chosen.append(better)
         rejected.append(worse)
     report = tally.report()
-    return PairBatch(tuple(chosen), tuple(rejected), _all_or_none(margins, report.kept)), report
+    kept_margins = _all_or_none(margins, report)
+    return PairBatch(tuple(chosen), tuple(rejected), kept_margins), report
 
 
 def unusable(prompt: Turns, chosen: Turns, rejected: Turns) -> str:
@@ -115,12 +119,13 @@ def _encode(
     return better, worse, better is not wholes[0] or worse is not wholes[1]
 
 
-def _all_or_none(margins: Sequence[float | None], kept: Sequence[int]) -> tuple[float, ...]:
+def _all_or_none(margins: Sequence[float | None], report: DataReport) -> tuple[float, ...]:
+    kept = report.kept
     given = [margin for index in kept if (margin := margins[index]) is not None]
     if given and len(given) < len(kept):
         missing = next(index for index in kept if margins[index] is None)
         raise UserInputError(
-            f"{name_row(missing)} has no margin, and other rows have one; give every row a number "
-            "in column 'margin', or remove the column"
+            f"{report.places.name(missing)} has no margin, and other rows have one; give every "
+            "row a number in column 'margin', or remove the column"
         )
     return tuple(given)

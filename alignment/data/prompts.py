@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from alignment.data.chat import ChatEncoder
 from alignment.data.control import Tokenizer
-from alignment.data.formats import Turns, name_row, prompt_of, wants_chat
+from alignment.data.formats import Turns, prompt_of, wants_chat
 from alignment.data.order import DataOrder
+from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.report import PROMPT_TOO_LONG, DataReport, Tally
 from alignment.types import Prompt, UserInputError
 
@@ -25,6 +26,7 @@ def build_prompts(
     too_long: Literal["drop", "error"] = "drop",
     style: Style = "auto",
     template_options: Mapping[str, Any] | None = None,
+    places: Places = WHOLE_SOURCE,
 ) -> tuple[list[Prompt], DataReport]:
     """Tokenize the prompt of every row, once and for all.
 
@@ -40,6 +42,7 @@ def build_prompts(
         style: `chat` renders strings with the chat template, `plain` never does, `auto` does if
             there is a template.
         template_options: keyword arguments of the chat template.
+        places: where the rows stand in their source, for messages.
 
     Raises:
         UserInputError: a malformed row (named), a prompt over the limit under `error`, or no row
@@ -47,10 +50,10 @@ def build_prompts(
     """
     encoder = ChatEncoder(tokenizer, template_options=template_options)
     chat = wants_chat(style, has_template=encoder.has_template)
-    tally = Tally()
+    tally = Tally(places)
     prompts = []
     for index, row in enumerate(rows):
-        where = name_row(index)
+        where = places.name(index)
         turns = with_system(prompt_of(row, chat=chat, where=where), system, where)
         ids, text = encoder.prompt(turns, where=where)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.types import UserInputError
 
 TooLong = Literal["drop", "truncate", "error"]
@@ -22,11 +23,13 @@ class DataReport:
     kept:      rows that were used, in order: `kept[i]` is the row of the i-th result.
     dropped:   rows that were left out, by reason.
     truncated: kept rows whose completion was cut.
+    places:    where the rows stand in their source.
     """
 
     kept: tuple[int, ...]
     dropped: Mapping[str, tuple[int, ...]]
     truncated: tuple[int, ...] = ()
+    places: Places = field(default=WHOLE_SOURCE, compare=False)
 
     @property
     def n_rows(self) -> int:
@@ -46,8 +49,8 @@ class DataReport:
     def reasons(self) -> list[str]:
         """For each reason of dropping: how many rows, and the first of them."""
         return [
-            f"{len(rows)} dropped, {reason} (row {', '.join(map(str, rows[:3]))}"
-            f"{', ...' if len(rows) > 3 else ''})"
+            f"{len(rows)} dropped, {reason} "
+            f"({self.places.names(rows[:3])}{', ...' if len(rows) > 3 else ''})"
             for reason, rows in self.dropped.items()
         ]
 
@@ -61,7 +64,7 @@ def check_dropped(report: DataReport, limit: float, what: str) -> None:
         what: names the data, such as "training data".
 
     Raises:
-        UserInputError: more were, with the reasons and the first rows (counting from 0).
+        UserInputError: more were, with the reasons and the first rows.
     """
     if report.n_dropped > limit * report.n_rows:
         raise UserInputError(
@@ -73,9 +76,13 @@ def check_dropped(report: DataReport, limit: float, what: str) -> None:
 
 
 class Tally:
-    """Collects a `DataReport` row by row."""
+    """Collects a `DataReport` row by row.
 
-    def __init__(self) -> None:
+    places: as of the report.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
         self._kept: list[int] = []
         self._truncated: list[int] = []
         self._dropped: dict[str, list[int]] = {}
@@ -95,7 +102,7 @@ class Tally:
             UserInputError: no row was kept.
         """
         dropped = {reason: tuple(rows) for reason, rows in self._dropped.items()}
-        report = DataReport(tuple(self._kept), dropped, tuple(self._truncated))
+        report = DataReport(tuple(self._kept), dropped, tuple(self._truncated), self._places)
         if not report.kept:
             raise UserInputError(
                 f"no row can be used: {report.summary()}. Raise the token limit, or look at the "

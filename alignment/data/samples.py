@@ -8,7 +8,8 @@ from typing import Any
 from alignment.data.chat import LossOn
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import demonstration_of, has_content, name_row
+from alignment.data.formats import demonstration_of, has_content
+from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
 from alignment.data.report import NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
 from alignment.types import Sample
@@ -24,6 +25,7 @@ def build_samples(
     system: str | None = None,
     style: Style = "auto",
     template_options: Mapping[str, Any] | None = None,
+    places: Places = WHOLE_SOURCE,
 ) -> tuple[list[Sample], DataReport]:
     """Tokenize demonstrations, with a mask of the tokens to learn.
 
@@ -39,6 +41,7 @@ def build_samples(
         system: a system message for conversations that do not begin with one.
         style: `chat`, `plain`, or `auto`: chat if the tokenizer has a template.
         template_options: keyword arguments of the chat template.
+        places: where the rows stand in their source, for messages.
 
     Raises:
         UserInputError: a malformed row (named), a row over the limit under `error`, or no row
@@ -52,10 +55,10 @@ def build_samples(
         style=style,
         template_options=template_options,
     )
-    tally = Tally()
+    tally = Tally(places)
     samples = []
     for index, row in enumerate(rows):
-        where = name_row(index)
+        where = places.name(index)
         prompt, completion = demonstration_of(row, chat=encoder.chat, where=where)
         if not has_content(completion):
             tally.drop(index, NOTHING_TO_TRAIN_ON)

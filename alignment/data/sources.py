@@ -50,7 +50,7 @@ def file(
             f"data file {path!r} {what} (looked at {location.absolute()}); paths are relative to "
             "the working directory"
         )
-    kind = _FORMAT_OF_SUFFIX.get(location.suffix.lower()) if format == "auto" else format
+    kind = _kind(location, format)
     if kind not in _READERS:
         raise UserInputError(
             f"data file {path!r}: the format cannot be told from the suffix "
@@ -60,6 +60,14 @@ def file(
     if not rows:
         raise UserInputError(f"data file {path!r} holds no rows; give a file with at least one")
     return rename_columns(rows, columns, str(location))
+
+
+def line_numbers(path: str, format: FileFormat = "auto") -> list[int] | None:
+    """The line of each row of a local file, counting from 1; None where rows are not lines."""
+    location = Path(path).expanduser()
+    if _kind(location, format) != "jsonl":
+        return None
+    return [number for number, _ in _json_lines(location)]
 
 
 def hub(
@@ -116,11 +124,20 @@ def rename_columns(rows: list[Row], columns: Mapping[str, str] | None, where: st
     return [{columns.get(key, key): value for key, value in row.items()} for row in rows]
 
 
-def _read_jsonl(path: Path) -> Iterable[Row]:
+def _kind(path: Path, format: FileFormat) -> str | None:
+    return _FORMAT_OF_SUFFIX.get(path.suffix.lower()) if format == "auto" else format
+
+
+def _json_lines(path: Path) -> Iterable[tuple[int, str]]:
+    """The lines that hold a row, with their numbers."""
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            where = f"{path}:{number}"
-            yield _object(_json(line, path, number), where)
+            yield number, line
+
+
+def _read_jsonl(path: Path) -> Iterable[Row]:
+    for number, line in _json_lines(path):
+        yield _object(_json(line, path, number), f"{path}:{number}")
 
 
 def _read_json(path: Path) -> Iterable[Row]:

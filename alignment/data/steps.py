@@ -9,7 +9,8 @@ from typing import Any
 
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import Turns, name_row, steps_of
+from alignment.data.formats import Turns, steps_of
+from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
 from alignment.data.report import PROMPT_TOO_LONG, DataReport, Tally, TooLong
 from alignment.types import Sample, SteppedSample, UserInputError
@@ -30,6 +31,7 @@ def build_steps(
     system: str | None = None,
     style: Style = "auto",
     template_options: Mapping[str, Any] | None = None,
+    places: Places = WHOLE_SOURCE,
 ) -> tuple[list[SteppedSample], DataReport]:
     """Tokenize answers in steps, and mark the last token of each step.
 
@@ -47,6 +49,7 @@ def build_steps(
         system: a system message for conversations that do not begin with one.
         style: `chat`, `plain`, or `auto`: chat if the tokenizer has a template.
         template_options: keyword arguments of the chat template.
+        places: where the rows stand in their source, for messages.
 
     Raises:
         UserInputError: a tokenizer that does not say where its tokens stand in the text, a
@@ -65,10 +68,10 @@ def build_steps(
         style=style,
         template_options=template_options,
     )
-    tally = Tally()
+    tally = Tally(places)
     samples = []
     for index, row in enumerate(rows):
-        where = name_row(index)
+        where = places.name(index)
         prompt, steps, labels = steps_of(row, chat=encoder.chat, where=where)
         whole = _marked(encoder, tokenizer, prompt, steps, separator, where)
         if isinstance(whole, str):

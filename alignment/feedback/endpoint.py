@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import httpx2 as httpx
 
+from alignment.activity import ACTIVITY
 from alignment.feedback.cache import ReplyCache
 from alignment.feedback.chat_model import Conversation, Failure, Reply, derived_seed, occurrences
 from alignment.feedback.completions import Attempt, failed, read_answer
@@ -223,6 +224,7 @@ class _Call:
         return self.interrupted.wait(seconds)
 
     def count(self, reply: Reply) -> None:
+        ACTIVITY.move()
         with self._lock:
             lost = reply.failure is Failure.UNREACHABLE
             self._lost_in_a_row = self._lost_in_a_row + 1 if lost else 0

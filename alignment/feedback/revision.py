@@ -47,6 +47,19 @@ class Revision:
         return None if self.failure else (self.steps[-1].revision if self.steps else self.response)
 
 
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What is to be criticised and revised.
+
+    number:       draws its principles: a response has the same ones whatever is revised with it.
+    conversation: what it answers.
+    """
+
+    number: int
+    conversation: Conversation
+    text: str
+
+
 @dataclass(slots=True)
 class _Item:
     """A response on its way. `critique` is that of the round in progress."""
@@ -70,14 +83,12 @@ class _Item:
 def critique_and_revise(
     chat_model: ChatModel,
     constitution: Constitution,
-    conversations: Sequence[Conversation],
-    responses: Sequence[str],
+    responses: Sequence[Response],
     *,
     rounds: int,
     seed: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    first_item: int = 0,
 ) -> list[Revision]:
     """Criticise and revise each response for `rounds` rounds.
 
@@ -85,24 +96,16 @@ def critique_and_revise(
     token limit is used as far as it goes, a revision that was cut off or is empty is a failure.
 
     Args:
-        conversations: what each response answers.
-        seed, first_item: the principle of item i in a round depends on the seed, the round and
-            `first_item + i`, so that data made in several calls is as if made in one.
+        seed: the principle of a response in a round depends on the seed, the round and its number,
+            so that data made in several calls is as if made in one.
 
     Raises:
-        UserInputError: another number of responses than of conversations, or fewer than 0 rounds.
+        UserInputError: fewer than 0 rounds.
     """
-    if len(conversations) != len(responses):
-        raise UserInputError(
-            f"{len(responses)} responses to {len(conversations)} conversations; give one for each"
-        )
     if rounds < 0:
         raise UserInputError(f"{rounds} rounds of critique and revision; give 0 or more")
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    items = [
-        _Item(first_item + i, conversation, response)
-        for i, (conversation, response) in enumerate(zip(conversations, responses, strict=True))
-    ]
+    items = [_Item(one.number, one.conversation, one.text) for one in responses]
     for round_ in range(rounds):
         going = [item for item in items if not item.failure]
         drawn = {item.number: constitution.draw(seed, item.number, round_) for item in going}

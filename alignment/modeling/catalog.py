@@ -125,12 +125,16 @@ def resolve(path_or_name: str) -> Path | str:
     itself, and anything that can be a hub id is passed on as it is.
 
     Raises:
-        UserInputError: it is spelled as a path and there is no such directory, or it can be
-            neither a path nor a hub id.
+        UserInputError: it is spelled as a path and there is no such directory, it is the folder of
+            a run, or it can be neither a path nor a hub id.
     """
     if path_or_name in _ENTRIES:
         return fetch(path_or_name)
     path = Path(path_or_name).expanduser()
+    if (path / "run.json").is_file():
+        raise UserInputError(
+            f"model path {path_or_name!r} is a run; give the model that it made, {path / 'model'}"
+        )
     if path.is_dir():
         return path.absolute()
     if path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from alignment.modeling.backbone import Backbone
 from alignment.modeling.memory import TokenCap, micro_batched
 from alignment.modeling.packing import Reads, plan_micro_batches
 from alignment.modeling.scorer import Values, choose_layout, read_values
+from alignment.modeling.shards import MakeShards, Shards, Skeleton, Whole, gathered_tree
 from alignment.types import Sample
 
 
@@ -43,6 +45,8 @@ class ScalarModel(nn.Module):
         self.backbone = Backbone(decoder)
         self.router_loss = router_loss
         self.cap = TokenCap()
+        self.shards: Shards = Whole()
+        self._skeleton: Skeleton | None = None
         choose_layout(self.backbone)
 
     @property
@@ -57,13 +61,32 @@ class ScalarModel(nn.Module):
                 token); or `before`, where the token is predicted (a critic's value of the state
                 that the token is chosen in).
         """
-        return read_values(
-            self.backbone,
-            self.head,
-            samples,
-            reads=reads,
-            router_loss=self.router_loss and torch.is_grad_enabled(),
+        return self.shards.run(
+            lambda: read_values(
+                self.backbone,
+                self.head,
+                samples,
+                reads=reads,
+                router_loss=self.router_loss and torch.is_grad_enabled(),
+            )
         )
+
+    def shard(self, make: MakeShards) -> None:
+        """Keep the weights in parts from now on. Before any optimizer."""
+        self._skeleton = Skeleton(self)
+        self.shards = make(self, self.decoder)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """The weights whole on every rank inside, which all enter."""
+        return self.shards.gathered()
+
+    def whole_model(self, *, keep: bool) -> ScalarModel | None:
+        """This model with all its weights, a copy on the CPU where they are in parts; None on the
+        ranks that do not keep it. Every rank calls this."""
+        if self._skeleton is None:
+            return self
+        weights = gathered_tree(dict(self.named_parameters()), keep=keep)
+        return self._skeleton.filled(weights) if keep else None
 
     def plan(
         self, samples: Sequence[Sample], token_budget: int, *, together: int = 1

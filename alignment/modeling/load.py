@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from alignment.modeling.catalog import catalog, resolve
@@ -30,7 +30,7 @@ _hide_progress_bars()
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,8 @@ def load_causal_lm(
     if dtype not in DTYPES:
         raise UserInputError(f"model dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     source = resolve(str(path))
-    adapter = Path(source) if (Path(source) / _ADAPTER_FILE).is_file() else None
-    base_path = source if adapter is None else _base_of(adapter)
+    adapter = Path(source) if is_adapter(source) else None
+    base_path = source if adapter is None else base_of(adapter)
     model = _load_base(base_path, DTYPES[dtype], attention, trust_remote_code, revision)
     if adapter is not None:
         model = _with_adapter(model, adapter)
@@ -180,6 +180,25 @@ def add_lora(
         adapted.peft_config["default"].base_model_name_or_path = base_name
     ready: nn.Module = adapted.eval()
     return ready
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether it is the folder of a peft adapter."""
+    return (Path(path) / ADAPTER_FILE).is_file()
+
+
+def saved_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model as it was saved; of an adapter, that of its base.
+
+    Raises:
+        UserInputError: it cannot be found or read.
+    """
+    source = resolve(str(path))
+    base = base_of(Path(source)) if is_adapter(source) else source
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserInputError(cannot_load("model", path, error)) from error
 
 
 def model_hash(model: nn.Module | str | Path) -> str:
@@ -271,13 +290,18 @@ def _portable_name(path: str | Path, source: Path | str) -> str:
     return str(path) if is_catalogued else str(source)
 
 
-def _base_of(adapter: Path) -> Path | str:
-    config = json.loads((adapter / _ADAPTER_FILE).read_text(encoding="utf-8"))
+def base_of(adapter: Path) -> Path | str:
+    """The model that an adapter is for.
+
+    Raises:
+        UserInputError: it does not say, or there is no such model.
+    """
+    config = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if not name:
         raise UserInputError(
             f"adapter {str(adapter)!r} does not say what model it is for; set "
-            f"base_model_name_or_path in its {_ADAPTER_FILE}"
+            f"base_model_name_or_path in its {ADAPTER_FILE}"
         )
     try:
         return resolve(name)

@@ -58,7 +58,8 @@ def transform_logits(
     thus depends neither on the order of the vocabulary nor on a sorting algorithm.
 
     Args:
-        logits: fp32 `[N, V]`. Not modified; returned as is where nothing changes it.
+        logits: fp32 `[N, V]`. Not modified; returned as is where nothing changes it. A row with a
+            NaN or a positive infinity has no distribution, and comes out with NaN in it.
         params: only temperature, top_k, top_p and min_p are read.
         keep: `[N]` token ids that stay in the support whatever the cuts. A scorer passes the
             sampled tokens: its logits differ from the engine's in the last digits, and a token
@@ -67,25 +68,28 @@ def transform_logits(
     if params.temperature == 0:
         greedy = logits.argmax(-1, keepdim=True)
         support = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, greedy, True)
-        return _restrict(logits, support, keep)
+        return _restrict(logits, support, keep, logits.new_tensor(-math.inf))
     if params.temperature != 1:
         logits = logits / params.temperature
     if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
         return logits
     with torch.no_grad():
-        support = logits >= _threshold(logits, params)
-    return _restrict(logits, support, keep)
+        best = logits.amax(-1, keepdim=True)
+        support = logits >= _threshold(logits, best, params)
+        # A NaN is no part of any support, and would be cut off without a trace.
+        outside = torch.where(best.isfinite(), -math.inf, math.nan)
+    return _restrict(logits, support, keep, outside)
 
 
-def _restrict(logits: Tensor, support: Tensor, keep: Tensor | None) -> Tensor:
+def _restrict(logits: Tensor, support: Tensor, keep: Tensor | None, outside: Tensor) -> Tensor:
+    """Logits inside the support and at `keep`, and elsewhere what `outside` says."""
     if keep is not None:
         support = support.scatter(-1, keep[:, None], True)
-    return logits.masked_fill(~support, -math.inf)
+    return torch.where(support, logits, outside)
 
 
-def _threshold(logits: Tensor, params: SamplingParams) -> Tensor:
-    """`[N, 1]`: the smallest logit that stays."""
-    best = logits.amax(-1, keepdim=True)
+def _threshold(logits: Tensor, best: Tensor, params: SamplingParams) -> Tensor:
+    """`[N, 1]`: the smallest logit that stays, given the largest one."""
     threshold = torch.full_like(best, -math.inf)
     vocabulary = logits.shape[-1]
     if 0 < params.top_k < vocabulary:

@@ -9,15 +9,20 @@ autocast is involved: sampling, scoring and training all run the same low-precis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alignment.modeling.shards import assign_, first_elements, like, whole
+from alignment.types import AlignmentError
+
 # Elements looked at in each tensor to tell what share of the weights a step moved.
 _PROBE = 4096
+
+SumCounts = Callable[[Sequence[float]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class MasterWeightOptimizer:
         options: AdamW's.
         master_dtype: dtype of master weights, gradients and moments; None to use each parameter's
             own (pure low precision: smaller, and at small rates most weights stand still).
+        sum_counts: over ranks; needed where parameters are sharded, and with them all that is kept
+            here.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class MasterWeightOptimizer:
         options: AdamWOptions,
         *,
         master_dtype: torch.dtype | None = torch.float32,
+        sum_counts: SumCounts | None = None,
     ) -> None:
         self._parameters = dict(parameters)
         self._masters: dict[str, Tensor] = {}
@@ -66,6 +74,7 @@ class MasterWeightOptimizer:
             fused=True,
         )
         self.base_lr = options.lr
+        self._sum_counts = sum_counts
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -83,7 +92,7 @@ class MasterWeightOptimizer:
     def clip_(self, max_norm: float | None) -> float:
         """Global gradient norm (L2) before clipping; gradients are scaled to `max_norm` if set."""
         gradients = self.gradients
-        norm = float(nn.utils.get_total_norm(gradients))
+        norm = float(whole(nn.utils.get_total_norm(gradients)))
         if max_norm is not None and math.isfinite(norm) and norm > max_norm:
             torch._foreach_mul_(gradients, max_norm / norm)
         return norm
@@ -103,8 +112,11 @@ class MasterWeightOptimizer:
                 parameter.copy_(self._masters[name])
         self.drop_gradients()
         after = self._probe()
-        moved = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
-        return moved / max(sum(t.numel() for t in before), 1)
+        moved: float = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
+        seen: float = sum(t.numel() for t in before)
+        if self._sum_counts is not None:
+            moved, seen = self._sum_counts([moved, seen])
+        return moved / max(seen, 1)
 
     @torch.no_grad()
     def scale_(self, name: str, factor: float) -> None:
@@ -114,8 +126,9 @@ class MasterWeightOptimizer:
             self._parameters[name].copy_(self._masters[name])
 
     def drop_gradients(self) -> None:
-        for master in self._masters.values():
-            master.grad = None
+        for name, parameter in self._parameters.items():
+            self._masters[name].grad = None
+            parameter.grad = None  # a backward pass that failed may have left its own behind
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts by parameter name, and the masters where they differ."""
@@ -131,23 +144,28 @@ class MasterWeightOptimizer:
         """Restore strictly.
 
         Raises:
-            KeyError: the state is of other parameters.
+            AlignmentError: the state is of other parameters.
         """
-        masters = self._own_masters()
-        if set(state["masters"]) != set(masters) or not set(state["moments"]) <= set(self._masters):
-            raise KeyError("the optimizer state in the checkpoint is of other parameters")
+        masters, moments_of = self._own_masters(), set(state["moments"])
+        # An update moves all parameters: either all have moments, or none before the first one.
+        if set(state["masters"]) != set(masters) or moments_of not in (set(), set(self._masters)):
+            raise AlignmentError(
+                "the optimizer's state in the checkpoint is of other parameters than those that "
+                "are trained; resume with the recipe the run was started with"
+            )
         for name, master in masters.items():
-            master.copy_(state["masters"][name])
+            assign_(master, state["masters"][name])
             self._parameters[name].copy_(master)
         self._adamw.state.clear()
         for name, moments in state["moments"].items():
-            self._adamw.state[self._masters[name]] = {k: v.clone() for k, v in moments.items()}
+            master = self._masters[name]
+            self._adamw.state[master] = {key: like(master, value) for key, value in moments.items()}
 
     def _own_masters(self) -> dict[str, Tensor]:
         return {n: m for n, m in self._masters.items() if m is not self._parameters[n]}
 
     def _probe(self) -> list[Tensor]:
-        return [p.detach().flatten()[:_PROBE].clone() for p in self._parameters.values()]
+        return [first_elements(parameter, _PROBE) for parameter in self._parameters.values()]
 
 
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignment.modeling.backbone import Backbone
+from alignment.modeling.finite import require_finite
 from alignment.modeling.heads import ScalarHead
+from alignment.modeling.memory import TokenCap, micro_batched
 from alignment.modeling.packing import plan_micro_batches
 from alignment.modeling.reference import Reference, trainable
 from alignment.modeling.scorer import (
     PredictingStates,
     Scores,
-    packing_fault,
+    choose_layout,
     predicting_states,
     read_values,
     score,
 )
+from alignment.modeling.shards import MakeShards, Shards, Skeleton, Whole, gathered_tree
 from alignment.types import AlignmentError, Sample, SamplingParams, UserInputError
 
 
@@ -56,8 +61,13 @@ class PolicyWithReference(nn.Module):
         self.reference = reference
         self.value_head = value_head
         self.router_loss = router_loss
-        if self.backbone.plain_reason is None:
-            self.backbone.plain_reason = packing_fault(self.backbone)
+        self.cap = TokenCap()
+        self.shards: Shards = Whole()
+        self._skeleton: Skeleton | None = None
+        choose_layout(self.backbone)
+        if reference is not None:
+            with reference.backbone() as compared:
+                choose_layout(compared)
 
     @property
     def device(self) -> torch.device:
@@ -65,13 +75,44 @@ class PolicyWithReference(nn.Module):
 
     def forward(self, samples: Sequence[Sample], **options: Any) -> Scores:
         """Score samples under the policy; options as for `alignment.modeling.scorer.score`."""
-        return score(
-            self.backbone,
-            samples,
-            value_head=self.value_head,
-            router_loss=self.router_loss and torch.is_grad_enabled(),
-            **options,
+        return self.shards.run(
+            lambda: score(
+                self.backbone,
+                samples,
+                value_head=self.value_head,
+                router_loss=self.router_loss and torch.is_grad_enabled(),
+                **options,
+            )
         )
+
+    def shard(self, make: MakeShards) -> None:
+        """Keep the weights in parts from now on, the reference's too. Before any optimizer."""
+        self._skeleton = Skeleton(self.model)
+        self.shards = make(self, self.model)
+        if self.reference is not None:
+            self.reference.shard(self.shards, make)
+
+    @contextmanager
+    def gathered(self, *, reference: bool = False) -> Iterator[None]:
+        """The weights whole on every rank inside, which all enter.
+
+        Args:
+            reference: those of the reference too.
+        """
+        with self.shards.gathered():
+            if reference and self.reference is not None:
+                with self.reference.gathered():
+                    yield
+            else:
+                yield
+
+    def whole_model(self, *, keep: bool) -> nn.Module | None:
+        """The policy's model with all its weights, a copy on the CPU where they are in parts; None
+        on the ranks that do not keep it. Every rank calls this."""
+        if self._skeleton is None:
+            return self.model
+        weights = gathered_tree(dict(self.model.named_parameters()), keep=keep)
+        return self._skeleton.filled(weights) if keep else None
 
     def plan(
         self, samples: Sequence[Sample], token_budget: int, *, together: int = 1
@@ -87,17 +128,26 @@ class PolicyWithReference(nn.Module):
         token_budget: int,
         *,
         of_reference: bool = False,
+        together: int = 1,
         **options: Any,
     ) -> Iterator[tuple[Scores, list[int]]]:
         """Score without gradients, micro-batch by micro-batch: scores, and indices of the rows.
 
         Args:
             of_reference: score the reference instead of the policy.
+            together: so many neighbours are never parted (2 for pairs).
             options: as for `alignment.modeling.scorer.score`.
         """
-        with self._reference_backbone() if of_reference else nullcontext(self.backbone) as backbone:
-            for batch in self.plan(samples, token_budget):
-                yield score(backbone, [samples[i] for i in batch], **options), batch
+        scored: AbstractContextManager[Backbone] = nullcontext(self.backbone)
+        with self._reference().backbone() if of_reference else scored as backbone:
+            shards = self._reference().shards if of_reference else self.shards
+            yield from micro_batched(
+                self,
+                samples,
+                token_budget,
+                lambda rows: shards.run(lambda: score(backbone, rows, **options)),
+                together=together,
+            )
 
     def logprobs(
         self,
@@ -105,15 +155,22 @@ class PolicyWithReference(nn.Module):
         token_budget: int,
         *,
         of_reference: bool = False,
+        together: int = 1,
         sampling: SamplingParams | None = None,
     ) -> list[Tensor]:
-        """Log-probabilities without gradients, one `[completion length]` tensor a sample."""
+        """Log-probabilities without gradients, one `[completion length]` tensor a sample.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite.
+        """
         out: list[Tensor] = [torch.empty(0)] * len(samples)
         for scores, batch in self.score_all(
-            samples, token_budget, of_reference=of_reference, sampling=sampling
+            samples, token_budget, of_reference=of_reference, together=together, sampling=sampling
         ):
             for row, i in enumerate(batch):
                 out[i] = scores.logprobs[row, : len(samples[i].completion_ids)]
+        whose = "the reference" if of_reference else "the policy"
+        require_finite(out, self.model, f"a log-probability of {whose}")
         return out
 
     @torch.no_grad()
@@ -126,22 +183,40 @@ class PolicyWithReference(nn.Module):
         if self.value_head is None:
             raise AlignmentError("this policy has no value head")
         out: list[Tensor] = [torch.empty(0)] * len(samples)
-        for batch in self.plan(samples, token_budget):
-            rows = [samples[i] for i in batch]
-            read = read_values(self.backbone, self.value_head, rows, reads="before")
+        head = self.value_head
+        for read, batch in micro_batched(
+            self,
+            samples,
+            token_budget,
+            lambda rows: self.shards.run(
+                lambda: read_values(self.backbone, head, rows, reads="before")
+            ),
+        ):
             for row, i in enumerate(batch):
                 out[i] = read.values[row, : len(samples[i].completion_ids)]
         return out
 
     def reference_states(self, samples: Sequence[Sample]) -> PredictingStates:
         """The reference's predicting hidden states, to compute the full KL against."""
-        with self._reference_backbone() as backbone:
-            return predicting_states(backbone, samples)
+        reference, head = self._reference(), self.backbone.lm_head
+        moving_head = head if head is not None and trainable(head) else None
 
-    def _reference_backbone(self) -> Any:
+        def states() -> PredictingStates:
+            found = predicting_states(backbone, samples)
+            if moving_head is None or backbone.lm_head is not moving_head:
+                return found
+            # They are read later, when the head has the policy's weights again.
+            kept = copy.copy(backbone)
+            kept.lm_head = copy.deepcopy(moving_head).requires_grad_(False)
+            return replace(found, backbone=kept)
+
+        with reference.backbone() as backbone:
+            return reference.shards.run(states)
+
+    def _reference(self) -> Reference:
         if self.reference is None:
             raise AlignmentError("this policy has no reference to score; set model.reference")
-        return self.reference.backbone()
+        return self.reference
 
 
 @contextmanager

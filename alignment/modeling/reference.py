@@ -13,16 +13,36 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from alignment.modeling.backbone import Backbone
+from alignment.modeling.shards import MakeShards, Shards, Whole, assign_, whole
 from alignment.types import UserInputError
 
 
 class Reference(Protocol):
-    """A frozen point the policy is compared with."""
+    """A frozen point the policy is compared with.
+
+    Attributes:
+        shards: how the weights that it is scored with lie over processes.
+    """
+
+    shards: Shards
 
     def backbone(self) -> AbstractContextManager[Backbone]:
         """Context manager giving the `Backbone` to score with, gradients off."""
+        ...
+
+    def shard(self, policys: Shards, make: MakeShards) -> None:
+        """Keep the weights in parts, once those of the policy are.
+
+        Args:
+            policys: how the policy's own lie.
+        """
+        ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """The weights whole inside, once those of the policy are."""
         ...
 
     def after_step(self, step: int) -> None:
@@ -54,12 +74,22 @@ class AdapterOff:
                 "model.reference: adapter_off needs a LoRA policy; add model.lora, or use "
                 "reference: frozen_copy"
             )
+        self.shards: Shards = Whole()
         self._model: Any = model
         self._backbone = Backbone(model)
         self._initial = {name: p.detach().clone() for name, p in trainable(model).items()}
         self._is_fresh = not any(
             bool(t.any()) for name, t in self._initial.items() if "lora_B" in name
         ) and all("lora_" in name for name in self._initial)
+
+    def shard(self, policys: Shards, make: MakeShards) -> None:
+        self.shards = policys
+        self._initial = {name: p.detach().clone() for name, p in trainable(self._model).items()}
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        with _whole_inside(self._initial):
+            yield
 
     @contextmanager
     def backbone(self) -> Iterator[Backbone]:
@@ -84,7 +114,16 @@ class FrozenCopy:
     ) -> None:
         frozen = copy.deepcopy(model).requires_grad_(False).eval()
         self.model = frozen.to(device=device, dtype=dtype)
+        self.shards: Shards = Whole()
+        self._stays = device is not None
         self._backbone = Backbone(self.model)
+
+    def shard(self, policys: Shards, make: MakeShards) -> None:
+        if not self._stays:
+            self.shards = make(self.model, self.model)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return self.shards.gathered()
 
     @contextmanager
     def backbone(self) -> Iterator[Backbone]:
@@ -103,6 +142,14 @@ class Fixed:
     def __init__(self, mode: str, point: AdapterOff | FrozenCopy) -> None:
         self._mode = mode
         self._point = point
+        self.shards = point.shards
+
+    def shard(self, policys: Shards, make: MakeShards) -> None:
+        self._point.shard(policys, make)
+        self.shards = self._point.shards
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return self._point.gathered()
 
     def backbone(self) -> AbstractContextManager[Backbone]:
         return self._point.backbone()
@@ -134,14 +181,27 @@ class Synced:
                 f"model.reference: synced needs every >= 1 and 0 < mix <= 1, not every={every}, "
                 f"mix={mix}"
             )
+        self.shards: Shards = Whole()
         self._model = model
         self._backbone = Backbone(model)
         self._every = every
         self._mix = mix
-        self._kept = {
-            name: p.detach().to(torch.float32 if mix < 1.0 else p.dtype, copy=True)
-            for name, p in trainable(model).items()
+        self._kept = self._taken()
+
+    def _taken(self) -> dict[str, Tensor]:
+        return {
+            name: p.detach().to(torch.float32 if self._mix < 1.0 else p.dtype, copy=True)
+            for name, p in trainable(self._model).items()
         }
+
+    def shard(self, policys: Shards, make: MakeShards) -> None:
+        self.shards = policys
+        self._kept = self._taken()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        with _whole_inside(self._kept):
+            yield
 
     @contextmanager
     def backbone(self) -> Iterator[Backbone]:
@@ -166,7 +226,7 @@ class Synced:
                 f"{sorted(set(state) ^ set(self._kept))[:3]} differ"
             )
         for name, tensor in state.items():
-            self._kept[name].copy_(tensor)
+            assign_(self._kept[name], tensor)
 
 
 def make_reference(
@@ -195,11 +255,48 @@ def make_reference(
 def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Run with other values in the named parameters; the originals are back bit for bit after."""
     parameters = trainable(model)
-    originals = {name: parameters[name].data for name in tensors}
+    swaps = [_Swap(parameters[name], tensor) for name, tensor in tensors.items()]
     try:
-        for name, tensor in tensors.items():
-            parameters[name].data = tensor.to(originals[name].dtype)
+        for swap in swaps:
+            swap.enter()
         yield
     finally:
-        for name, original in originals.items():
-            parameters[name].data = original
+        for swap in swaps:
+            swap.leave()
+
+
+class _Swap:
+    """Another value in one parameter.
+
+    A part of a sharded parameter stays where it is in memory, from where it is gathered: there the
+    values move. Else the parameter points elsewhere for a while.
+    """
+
+    def __init__(self, parameter: nn.Parameter, value: Tensor) -> None:
+        self._parameter = parameter
+        self._value = value
+        self._moves = isinstance(parameter, DTensor)
+        self._original = parameter.detach().clone() if self._moves else parameter.data
+
+    def enter(self) -> None:
+        if self._moves:
+            self._parameter.copy_(self._value)
+        else:
+            self._parameter.data = self._value.to(self._original.dtype)
+
+    def leave(self) -> None:
+        if self._moves:
+            self._parameter.copy_(self._original)
+        else:
+            self._parameter.data = self._original
+
+
+@contextmanager
+def _whole_inside(tensors: dict[str, Tensor]) -> Iterator[None]:
+    """These tensors whole while inside, for `swapped` on gathered weights."""
+    parts = dict(tensors)
+    tensors |= {name: whole(tensor) for name, tensor in parts.items()}
+    try:
+        yield
+    finally:
+        tensors |= parts

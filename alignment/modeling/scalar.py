@@ -18,9 +18,17 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import get_verbosity, set_verbosity
 
 from alignment.modeling.catalog import resolve
+from alignment.modeling.classifier_adapter import is_classifier_adapter, merged_classifier
 from alignment.modeling.export import merged_copy
 from alignment.modeling.heads import ScalarHead, ScalarModel
-from alignment.modeling.load import DTYPES, Attention, LoraOptions, add_lora, load_pretrained
+from alignment.modeling.load import (
+    DTYPES,
+    Attention,
+    LoraOptions,
+    add_lora,
+    is_adapter,
+    load_pretrained,
+)
 from alignment.modeling.padding import give_own_padding
 from alignment.types import UserInputError
 
@@ -54,7 +62,8 @@ def load_scalar_model(
     """A decoder with a scalar head, in eval mode, ready to be trained.
 
     A model that has a head (a reward model saved here, or any sequence-classification model with
-    one label) keeps it; a causal language model gets a new one.
+    one label) keeps it; a causal language model gets a new one. A sequence-classification model
+    that is an adapter beside its base is merged with it, in float32 with one rounding at the end.
 
     Args:
         path: catalogue name, directory or hub id.
@@ -65,24 +74,33 @@ def load_scalar_model(
         The others are those of `load_causal_lm`. With `lora`, the head is trained in full.
 
     Raises:
-        UserInputError: the model cannot be found or loaded, is an adapter alone, or has another
-            head than one of one number.
+        UserInputError: the model cannot be found or loaded, is a language model's adapter alone,
+            or has another head than one of one number.
     """
     if dtype not in DTYPES:
         raise UserInputError(f"model dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     source = resolve(str(path))
-    if (Path(source) / "adapter_config.json").is_file():
+    if is_classifier_adapter(source):
+        with _quiet():
+            merged, weight = merged_classifier(Path(source), attention, trust_remote_code)
+        decoder: Any = merged.to(DTYPES[dtype])
+    elif is_adapter(source):
         raise UserInputError(
             f"model {str(path)!r} is an adapter without its base; give the merged model (the "
             "folder that holds the adapter's, in a run of this toolkit)"
         )
-    decoder, others = _load_decoder(source, DTYPES[dtype], attention, trust_remote_code, revision)
-    head = ScalarHead(decoder.config.get_text_config().hidden_size, dtype=DTYPES[dtype])
-    with torch.no_grad():
+    else:
+        decoder, others = _load_decoder(
+            source, DTYPES[dtype], attention, trust_remote_code, revision
+        )
+        hidden_size = decoder.config.get_text_config().hidden_size
         if any(name.startswith("score.") for name in others):
-            head.weight.copy_(_saved_head(source, revision, others, head.in_features))
+            weight = _saved_head(source, revision, others, hidden_size)
         else:
-            head.weight.copy_(_new_head(head.in_features, initial, seed))
+            weight = _new_head(hidden_size, initial, seed)
+    head = ScalarHead(weight.shape[1], dtype=DTYPES[dtype])
+    with torch.no_grad():
+        head.weight.copy_(weight)
     adapted: nn.Module = decoder
     if lora is not None:
         adapted = add_lora(decoder, lora, seed=seed, task_type="FEATURE_EXTRACTION")
@@ -157,7 +175,7 @@ def _load_decoder(source: Path | str, *settings: Any) -> tuple[Any, list[str]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' table of weights that the decoder alone has no use for."""
+    """Without transformers' table of weights that there is no use for, or that come later."""
     before = get_verbosity()
     set_verbosity(logging.ERROR)
     try:

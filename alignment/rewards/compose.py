@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignment import registry
+from alignment.activity import doing
 from alignment.config.options import validate_options
 from alignment.rewards.protocol import FunctionReward, Item, Reward, RewardError, run_reward
 from alignment.types import (
@@ -80,7 +81,7 @@ class CompositeReward:
         Raises:
             RewardError: a reward is programmed wrongly, or no part that counts applies to an item.
         """
-        columns = [run_reward(part.name, part.reward, items) for part in self.parts]
+        columns = [_graded_by(part, items) for part in self.parts]
         rows = zip(*columns, strict=True)
         return [self._combine(item, row) for item, row in zip(items, rows, strict=True)]
 
@@ -158,6 +159,16 @@ def check_unscorable(
     share = sum(item.reward is None for item in rewarded) / max(n_all, 1)
     if share <= limit:
         return
+    raise AlignmentError(
+        f"{share:.0%} of {n_all} completions could not be scored, over the limit of "
+        f"{limit:.0%} {described_failures(rewarded)}. Correct the reward (a crash), give it a "
+        "longer time limit (a timeout), or raise the allowed share of unscorable samples"
+    )
+
+
+def described_failures(rewarded: Sequence[RewardedCompletion]) -> str:
+    """Which rewards failed how often, in which way, and the first sample of them; at least one of
+    the completions has no reward."""
     failures = Counter(
         (name, score.outcome) for item in rewarded for name, score in _failed_parts(item)
     )
@@ -167,12 +178,9 @@ def check_unscorable(
     )
     example = next(item for item in rewarded if item.reward is None)
     name, score = _failed_parts(example)[0]
-    raise AlignmentError(
-        f"{share:.0%} of {n_all} completions could not be scored, over the limit of "
-        f"{limit:.0%} ({listed}). Example, prompt {example.prompt.index}, sample "
-        f"{example.completion.sample_index}, reward {name!r}: {score.detail or 'no detail'}. "
-        "Correct the reward (a crash), give it a longer time limit (a timeout), or raise the "
-        "allowed share of unscorable samples"
+    return (
+        f"({listed}). Example, prompt {example.prompt.index}, sample "
+        f"{example.completion.sample_index}, reward {name!r}: {score.detail or 'no detail'}"
     )
 
 
@@ -192,6 +200,21 @@ def _build(spec: RewardSpec) -> NamedReward:
             "sequence of (prompt, completion) pairs when it is called"
         )
     return NamedReward(name, spec.weight, reward)
+
+
+def _graded_by(part: NamedReward, items: Sequence[Item]) -> list[Score | None]:
+    with doing("grading", f"reward {part.name!r} on {_named(items)}"):
+        return run_reward(part.name, part.reward, items)
+
+
+def _named(items: Sequence[Item]) -> str:
+    """Which samples these are, for a message."""
+    if len(items) == 1:
+        ((prompt, completion),) = items
+        return f"sample {completion.sample_index} of prompt {prompt.index}"
+    numbers = [prompt.index for prompt, _ in items]
+    span = f"prompts {min(numbers)} to {max(numbers)}" if numbers else "no prompts"
+    return f"{len(items)} samples of {span}"
 
 
 def _check_parts(parts: Sequence[NamedReward]) -> None:

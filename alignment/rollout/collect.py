@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from alignment.rollout.engine import RolloutEngine
 from alignment.types import Completion, Prompt, RewardedCompletion, Rollout, SamplingParams
 
 Grade = Callable[[Sequence[tuple[Prompt, Completion]]], list[RewardedCompletion]]
+
+Complete = Callable[[Sequence[Prompt], SamplingParams], list[RewardedCompletion]]
+"""Prompts to graded completions, `n` of each prompt, prompt-major. Every rank calls it equally
+often, also with no prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
     """What a step trains on, and what it took to get it, on this rank.
 
-    rollout:        the groups kept, prompt-major, in the order they were drawn.
+    rollout:        the groups kept, prompt-major, in the order they were drawn, and those dropped.
     sampled:        all completions sampled, discarded ones included, in order.
     n_rounds:       rounds of sampling, the same on every rank.
     """
@@ -26,8 +29,7 @@ class Collected:
 
 
 def collect(
-    engine: RolloutEngine,
-    grade: Grade,
+    complete: Complete,
     draw: Callable[[int], Sequence[Prompt]],
     n_prompts: int,
     sampling: SamplingParams,
@@ -39,6 +41,7 @@ def collect(
     """Sample and grade groups of `sampling.n` completions until `n_prompts` groups are kept.
 
     Args:
+        complete: samples and grades.
         draw: told how many prompts all ranks together want next, gives this rank's share of them,
             which may be none. It is called equally often on every rank.
         n_prompts: groups to keep, over all ranks.
@@ -48,30 +51,29 @@ def collect(
         over_ranks: sums a count over all ranks.
     """
     kept: list[RewardedCompletion] = []
+    dropped: list[RewardedCompletion] = []
     sampled: list[RewardedCompletion] = []
     n_rounds = 0
     missing = n_prompts
     while missing > 0 and n_rounds < max_rounds:
         prompts = draw(missing)
         n_rounds += 1
-        graded = sample_and_grade(engine, grade, prompts, sampling) if prompts else []
+        graded = complete(prompts, sampling)
         sampled.extend(graded)
         for start in range(0, len(graded), sampling.n):
             group = graded[start : start + sampling.n]
-            if keep(group):
-                kept.extend(group)
+            (kept if keep(group) else dropped).extend(group)
         missing = n_prompts - over_ranks(len(kept) // sampling.n)
-    rollout = Rollout(tuple(kept), group_size=sampling.n, step=sampling.step)
+    rollout = Rollout(tuple(kept), sampling.n, sampling.step, tuple(dropped))
     return Collected(rollout, tuple(sampled), n_rounds)
 
 
-def sample_and_grade(
-    engine: RolloutEngine, grade: Grade, prompts: Sequence[Prompt], sampling: SamplingParams
+def graded(
+    grade: Grade, prompts: Sequence[Prompt], completions: Sequence[Completion], n: int
 ) -> list[RewardedCompletion]:
-    """One graded completion for each (prompt, sample), prompt-major."""
-    completions = engine.generate(prompts, sampling)
-    owners = [prompt for prompt in prompts for _ in range(sampling.n)]
-    return grade(list(zip(owners, completions, strict=True)))
+    """The `n` completions of each prompt, prompt-major, with their grades."""
+    owners = [prompt for prompt in prompts for _ in range(n)]
+    return grade(list(zip(owners, completions, strict=True))) if prompts else []
 
 
 def has_spread(group: Sequence[RewardedCompletion]) -> bool:

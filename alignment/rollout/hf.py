@@ -21,7 +21,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from alignment.activity import doing
+from alignment.modeling.finite import explained
 from alignment.rollout.live import LiveModel
+from alignment.rollout.memory import finish_rows
 from alignment.rollout.mode import sampling_mode
 from alignment.rollout.rows import Row, extend
 from alignment.rollout.stopping import StopRule
@@ -36,7 +39,7 @@ class HFEngine:
     Args:
         model: a transformers causal LM, or a peft model around one.
         tokenizer: decodes completions.
-        max_rows: completions in one batch.
+        max_rows: completions in one batch; fewer once memory did not hold as many.
         stop_token_ids: ids that end a completion; None: those of the model and the tokenizer.
 
     Attributes:
@@ -54,7 +57,7 @@ class HFEngine:
         stop_token_ids: Sequence[int] | None = None,
     ) -> None:
         self._live = LiveModel(model, tokenizer, stop_token_ids)
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         # A recurrent state would run over padding; there, a batch has prompts of one length only.
         self._pads = self._live.backbone.plain_reason is None
 
@@ -62,26 +65,37 @@ class HFEngine:
         """Completions from now on carry this version; nothing is kept between calls."""
         self._live.policy_version = policy_version
 
+    @doing("sampling")
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """Sample `params.n` completions for each prompt, in prompt-major order.
 
         Raises:
             UserInputError: parameters that define no distribution, or a prompt that is empty or
                 fills the context.
-            AlignmentError: the model's logits are not finite.
+            NonFiniteError: the model's logits are not finite.
+            OutOfMemory: memory does not hold one row.
         """
         live = self._live
         rows = live.rows(prompts, params)
-        with sampling_mode(live.model), _blank_generation_config(live.backbone.causal_lm):
-            for batch in self._batches(rows):
-                self._run(batch, params, live.stop_rule(params))
+        rule = live.stop_rule(params)
+
+        def finish(unfinished: list[Row], max_rows: int) -> None:
+            for batch in self._batches(unfinished, max_rows):
+                self._run(batch, params, rule)
+
+        with (
+            explained(live.model, f"step {params.step}, sampling"),
+            sampling_mode(live.model),
+            _blank_generation_config(live.backbone.causal_lm),
+        ):
+            self.max_rows = finish_rows(rows, self.max_rows, finish)
         return live.completions(rows)
 
-    def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def _batches(self, rows: Sequence[Row], max_rows: int) -> list[list[Row]]:
         """Rows of similar prompt length, which `generate` can run on together."""
         batches: list[list[Row]] = []
         for row in sorted(rows, key=lambda row: len(row.prompt_ids)):
-            if batches and len(batches[-1]) < self._max_rows and self._joins(batches[-1][0], row):
+            if batches and len(batches[-1]) < max_rows and self._joins(batches[-1][0], row):
                 batches[-1].append(row)
             else:
                 batches.append([row])
@@ -106,6 +120,7 @@ class HFEngine:
         backbone.causal_lm.generate(
             ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),
+            synced_gpus=False,  # ranks have batches of their own, also where weights are sharded
             generation_config=GenerationConfig.from_dict(
                 {
                     "do_sample": False,

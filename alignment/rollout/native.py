@@ -23,17 +23,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from alignment.activity import doing
 from alignment.modeling.backbone import Backbone
-from alignment.modeling.logits import check_sampling_params
+from alignment.modeling.finite import explained
 from alignment.rollout.attention import RowLayout, grouped, heads_per_key, repeat_for_heads
 from alignment.rollout.cache import NOBODY, GroupedCache, capacity_for
 from alignment.rollout.hf import HFEngine
+from alignment.rollout.live import LiveModel
+from alignment.rollout.memory import finish_rows
 from alignment.rollout.mode import sampling_mode
 from alignment.rollout.packed import packed_weights
-from alignment.rollout.rows import Row, extend, lay_out
+from alignment.rollout.rows import Row, extend
 from alignment.rollout.sampling import IntArray
 from alignment.rollout.schedule import Group, Scheduler
-from alignment.rollout.stopping import StopRule, end_tokens
+from alignment.rollout.stopping import StopRule
 from alignment.types import Completion, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class NativeEngine:
     Args:
         model: a transformers causal LM, or a peft model around one.
         tokenizer: decodes completions.
-        max_rows: completions that run at the same time.
+        max_rows: completions that run at the same time; fewer once memory did not hold as many.
         kv_tokens: token places the cache may have; None: as many as `max_rows` rows need.
         stop_token_ids: ids that end a completion; None: those of the model and the tokenizer.
         prefill_tokens: prompt tokens (padding included) computed in one forward.
@@ -77,21 +80,13 @@ class NativeEngine:
         share_attention: bool = True,
         pack_weights: bool = True,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.policy_version = 0
-        self._backbone = Backbone(model)
-        self._max_rows = max_rows
+        self._live = LiveModel(model, tokenizer, stop_token_ids)
+        self.max_rows = max_rows
         self._kv_tokens = kv_tokens
         self._prefill_tokens = prefill_tokens
         self._share_attention = share_attention
         self._pack_weights = pack_weights
-        self._stop_ids = (
-            end_tokens(self._backbone.causal_lm, tokenizer)
-            if stop_token_ids is None
-            else frozenset(stop_token_ids)
-        )
-        self.fallback_reason = self._backbone.plain_reason
+        self.fallback_reason = self._live.backbone.plain_reason
         self._fallback: HFEngine | None = None
         if self.fallback_reason is not None:
             logger.warning(
@@ -99,7 +94,7 @@ class NativeEngine:
                 self.fallback_reason,
             )
             self._fallback = HFEngine(
-                model, tokenizer, max_rows=max_rows, stop_token_ids=sorted(self._stop_ids)
+                model, tokenizer, max_rows=max_rows, stop_token_ids=sorted(self._live.stop_ids)
             )
 
     @property
@@ -110,49 +105,58 @@ class NativeEngine:
     def weights_updated(self, policy_version: int) -> None:
         """Completions from now on carry this version. There is nothing else to do: nothing
         derived from the weights outlives a call of `generate`."""
-        self.policy_version = policy_version
+        self._live.policy_version = policy_version
         if self._fallback is not None:
             self._fallback.weights_updated(policy_version)
 
+    @doing("sampling")
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """Sample `params.n` completions for each prompt, in prompt-major order.
 
         Raises:
             UserInputError: parameters that define no distribution, a prompt that is empty or
                 fills the context, or a budget too small for one row.
-            AlignmentError: the model's logits are not finite.
+            NonFiniteError: the model's logits are not finite.
+            OutOfMemory: memory does not hold one row.
         """
-        check_sampling_params(params)
         if self._fallback is not None:
-            return self._fallback.generate(prompts, params)
+            completions = self._fallback.generate(prompts, params)
+            self.max_rows = self._fallback.max_rows
+            return completions
         rows = self.lay_out(prompts, params)
         self.run(rows, params)
-        return [row.completion(self.policy_version, self.tokenizer) for row in rows]
+        return self._live.completions(rows)
 
     def lay_out(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Row]:
         """The rows that `generate` brings to an end with `run`."""
-        context = getattr(self._backbone.config, "max_position_embeddings", None)
-        return lay_out(prompts, params, context)
+        return self._live.rows(prompts, params)
 
     def run(self, rows: Sequence[Row], params: SamplingParams) -> None:
         """Sample rows, in place, until each has a stop reason."""
-        rule = StopRule(self._stop_ids, params.stop, self.tokenizer)
-        scheduler = Scheduler(rows, self._max_rows, self._kv_tokens)
-        with sampling_mode(self.model), self._fast_weights(rows):
+        model, rule = self._live.model, self._live.stop_rule(params)
+
+        def finish(unfinished: list[Row], max_rows: int) -> None:
             _Run(
-                self._backbone,
-                scheduler,
+                self._live.backbone,
+                Scheduler(unfinished, max_rows, self._kv_tokens),
                 params,
                 rule,
                 share_attention=self._share_attention,
                 prefill_tokens=self._prefill_tokens,
             ).finish()
 
+        with (
+            explained(model, f"step {params.step}, sampling"),
+            sampling_mode(model),
+            self._fast_weights(rows),
+        ):
+            self.max_rows = finish_rows(rows, self.max_rows, finish)
+
     def _fast_weights(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Rearranging the weights pays after about ten steps."""
         steps = max((row.limit for row in rows), default=0)
         pays = self._pack_weights and steps >= _STEPS_TO_PACK
-        return packed_weights(self.model) if pays else nullcontext()
+        return packed_weights(self._live.model) if pays else nullcontext()
 
 
 class _Run:

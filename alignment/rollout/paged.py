@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from alignment.activity import doing
+from alignment.modeling.finite import explained
 from alignment.rollout.live import LiveModel
 from alignment.rollout.mode import sampling_mode
 from alignment.rollout.rows import Row
@@ -75,6 +77,7 @@ class PagedEngine:
         """Completions from now on carry this version; nothing is kept between calls."""
         self._live.policy_version = policy_version
 
+    @doing("sampling")
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """Sample `params.n` completions for each prompt, in prompt-major order.
 
@@ -90,7 +93,11 @@ class PagedEngine:
         device = live.backbone.device
         cuda = [device] if device.type == "cuda" else []
         # Seeding it seeds torch's generator, which belongs to the training loop.
-        with sampling_mode(live.model), torch.random.fork_rng(cuda):
+        with (
+            explained(live.model, f"step {params.step}, sampling"),
+            sampling_mode(live.model),
+            torch.random.fork_rng(cuda),
+        ):
             for _, same_limit in groupby(sorted(rows, key=_limit), key=_limit):
                 self._run(list(same_limit), params, live.stop_rule(params))
         return live.completions(rows)

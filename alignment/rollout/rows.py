@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignment.activity import ACTIVITY
+from alignment.modeling.finite import NonFiniteError
 from alignment.modeling.logits import transform_logits
 from alignment.rollout.sampling import draw_tokens, row_key, uniforms
 from alignment.rollout.stopping import StopRule, completion_limit
-from alignment.types import AlignmentError, Completion, Prompt, SamplingParams, StopReason
+from alignment.types import Completion, Prompt, SamplingParams, StopReason
 
 
 @dataclass(eq=False)
@@ -48,12 +50,13 @@ class Row:
         """Take in a token, and set the stop reason if it is the last.
 
         Raises:
-            AlignmentError: the log-probability is not finite.
+            NonFiniteError: the log-probability is not finite, as it never is where a logit is NaN
+                or positive infinity.
         """
         if not math.isfinite(logprob):
-            raise AlignmentError(
-                "the model's logits are not finite while sampling; its weights are probably not "
-                "finite either (look for NaN in the last update)"
+            raise NonFiniteError(
+                f"the logits for token {len(self.tokens)} of sample {self.sample_index} of prompt "
+                f"{self.prompt.index} are not finite"
             )
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -61,6 +64,11 @@ class Row:
             self.stop_reason = StopReason.STOP
         elif len(self.tokens) == self.limit:
             self.stop_reason = StopReason.LENGTH
+
+    def restart(self) -> None:
+        """Forget what was sampled of a row that is not finished."""
+        if self.stop_reason is None:
+            self.tokens, self.logprobs = [], []
 
     def completion(self, policy_version: int, tokenizer: Any) -> Completion:
         """The finished completion."""
@@ -102,3 +110,4 @@ def extend(rows: Sequence[Row], logits: Tensor, params: SamplingParams, rule: St
     tokens, logprobs = draw_tokens(transform_logits(logits, params), drawn)
     for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
         row.append(token, logprob, rule)
+    ACTIVITY.move()

@@ -7,6 +7,9 @@
 A checkpoint is written into a temporary folder, every file forced to disk, the manifest last, and
 takes its name by a rename. A checkpoint is valid if every byte is as its manifest says, and only
 valid ones are loaded.
+
+Saving has two halves: `snapshot.take_snapshot` copies the state, and `write_checkpoint` puts the
+copy on disk, which `checkpoint_writer` does while training goes on.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -35,56 +38,81 @@ from alignment.runs.files import (
     sync_directory,
     write_synced,
 )
-from alignment.runs.state_tree import EncodedTree, decode_tree, encode_tree, tensor_bytes
+from alignment.runs.snapshot import Snapshot, take_snapshot
+from alignment.runs.state_tree import decode_tree, tensor_bytes
 from alignment.types import AlignmentError, UserInputError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-SHARD_BYTES = 2**30
-_SPARE_BYTES = 2**20  # headers and folder entries
+SHARD_BYTES = 2**28  # a file is put together in memory, twice its size for a moment
+_SPARE_BYTES = 2**20  # folder entries, and blocks that are not full
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
 _REPLACED = ".replaced"
 _NAME = re.compile(rf"step-(?P<step>[0-9]+)({re.escape(_REPLACED)})?")
 
 
-def save_checkpoint(
-    directory: Path | str, step: int, state: Mapping[str, Any], *, keep: int
+def write_checkpoint(
+    directory: Path | str,
+    step: int,
+    snapshot: Snapshot,
+    *,
+    keep: int,
+    scores: Mapping[int, float] | None = None,
 ) -> Path:
-    """Write `state` as `directory/step-NNNNNN` and keep the newest `keep` checkpoints.
+    """Write `snapshot` as `directory/step-NNNNNN`, and remove what need not be kept any more.
+
+    Kept are the newest `keep` checkpoints and, of all, the one with the highest score. Damaged
+    ones do not count, and the one just written always stays.
 
     Args:
-        state: a tree as `state_tree` describes it.
-        keep: at least 1. Whatever is older than the newest `keep` whole checkpoints is removed;
-            the one just written counts first, and damaged ones do not count.
+        keep: at least 1.
+        scores: of steps, higher is better. A step without a score, or with NaN, is not the best.
 
     Raises:
-        AlignmentError: the state holds what cannot be saved, the disk has too little room, or a
-            write failed. Earlier checkpoints are then untouched.
+        AlignmentError: the disk has too little room, or a write failed. Earlier checkpoints are
+            then untouched.
     """
     if keep < 1 or step < 0:
         raise AlignmentError(f"a checkpoint needs keep >= 1 and step >= 0, not {keep} and {step}")
     directory = Path(directory)
     with readable_errors("create the folder", directory):
         directory.mkdir(parents=True, exist_ok=True)
-        _finish_replacements(directory)
-        remove_leftovers(directory)
-    tree = encode_tree(dict(state))
-    document = json.dumps(tree.document, allow_nan=False).encode()
-    _check_space(directory, sum(map(tensor_bytes, tree.tensors.values())) + len(document))
+    clear_up(directory)
+    # An earlier checkpoint of this step stays until the new one is whole: its room is not free.
+    _check_space(directory, snapshot.n_bytes)
     path = directory / f"step-{step:06d}"
     with readable_errors("write the checkpoint", path):
         temporary = _temporary(directory)
         try:
             temporary.mkdir()
-            _write_files(temporary, step, document, tree)
+            _write_files(temporary, step, snapshot)
             _put_in_place(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    _retain(directory, path, keep)
+    _retain(directory, path, keep, scores or {})
     return path
+
+
+def save_checkpoint(
+    directory: Path | str,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    scores: Mapping[int, float] | None = None,
+) -> Path:
+    """`take_snapshot` and `write_checkpoint` in one go."""
+    return write_checkpoint(directory, step, take_snapshot(state), keep=keep, scores=scores)
+
+
+def clear_up(directory: Path) -> None:
+    """Settle what writers that were killed left in `directory`. Only while nothing writes there."""
+    with readable_errors("clear up", directory):
+        _finish_replacements(directory)
+        remove_leftovers(directory)
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -113,10 +141,13 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     return state
 
 
-def latest_checkpoint(directory: Path | str) -> Path | None:
+def latest_checkpoint(
+    directory: Path | str, *, warn: Callable[[str], object] = logger.warning
+) -> Path | None:
     """The newest valid checkpoint in `directory`; None if no checkpoint was ever saved there.
 
-    Damaged ones are passed over, each with a warning that names it and what is wrong.
+    Args:
+        warn: is told of each damaged one that is passed over, and what is wrong with it.
 
     Raises:
         AlignmentError: there are checkpoints and all are damaged. No killed write does that, and
@@ -127,7 +158,7 @@ def latest_checkpoint(directory: Path | str) -> Path | None:
         problem = checkpoint_problem(path)
         if problem is None:
             return path
-        logger.warning("the checkpoint %s is damaged and passed over: %s", path, problem)
+        warn(f"the checkpoint {path} is damaged and passed over: {problem}")
         problems.append(f"{path.name}: {problem}")
     if problems:
         raise AlignmentError(
@@ -169,10 +200,10 @@ def discard_checkpoints_after(directory: Path | str, step: int) -> list[Path]:
     return later
 
 
-def _write_files(folder: Path, step: int, document: bytes, tree: EncodedTree) -> None:
-    write_synced(folder / _STATE, document)
-    files = {_STATE: _entry(document)}
-    for number, shard in enumerate(_shards(tree.tensors), start=1):
+def _write_files(folder: Path, step: int, snapshot: Snapshot) -> None:
+    write_synced(folder / _STATE, snapshot.document)
+    files = {_STATE: _entry(snapshot.document)}
+    for number, shard in enumerate(_shards(snapshot.tensors), start=1):
         content = to_safetensors(shard)
         name = f"tensors-{number:05d}.safetensors"
         write_synced(folder / name, content)
@@ -182,17 +213,14 @@ def _write_files(folder: Path, step: int, document: bytes, tree: EncodedTree) ->
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Contiguous CPU copies in batches, so that only about one batch is in memory at a time.
-
-    Copies, because tied tensors and views share storage, which the file format refuses.
-    """
+    """Tensors in batches of about `SHARD_BYTES`."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
         if shard and size + tensor_bytes(tensor) > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        shard[name] = tensor
         size += tensor_bytes(tensor)
     if shard:
         yield shard
@@ -225,18 +253,36 @@ def _finish_replacements(directory: Path) -> None:
             os.rename(replaced, path)
 
 
-def _retain(directory: Path, written: Path, keep: int) -> None:
+def _retain(directory: Path, written: Path, keep: int, scores: Mapping[int, float]) -> None:
     kept = 1
+    best = _best(directory, scores)
     for _, path in reversed(list_checkpoints(directory)):
         if path == written:
             continue
         try:
-            if kept >= keep:
+            if kept >= keep and path != best:
                 _remove(path)
             elif _problem(path, read_everything=False) is None:
                 kept += 1
         except OSError as error:  # the new checkpoint is safe: not worth stopping a run
             logger.warning("the old checkpoint %s cannot be removed: %s", path, error)
+
+
+def _best(directory: Path, scores: Mapping[int, float]) -> Path | None:
+    """The checkpoint with the highest score, the later one of equals; None where none has any."""
+    found = [
+        (scores[step], step, path)
+        for step, path in list_checkpoints(directory)
+        if not math.isnan(scores.get(step, math.nan)) and _is_whole(path)
+    ]
+    return max(found)[2] if found else None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return _problem(path, read_everything=False) is None
+    except OSError:  # says nothing about what stands in it
+        return True
 
 
 def _remove(path: Path) -> None:

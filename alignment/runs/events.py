@@ -25,8 +25,9 @@ class EventLog:
     """Appends events to `events.jsonl`: UTC time, kind, message, and fields of the event's own.
 
     Kinds in use: `warning`, `diagnosis` (something is off with the training, with a remedy),
-    `error`, `checkpoint`, `resume`, `start`, `end`. The first three also go to the logger as
-    warnings and errors, the others as information.
+    `error` (what ended the run), `out_of_memory`, `nonfinite`, `unscorable`, `checkpoint`,
+    `resume`, `hang`, `start`, `end`. The first three also go to the logger as warnings and errors,
+    the others as information.
 
     A run has events before it has a folder. Those are held, and written with the first event
     after the folder is there.
@@ -37,9 +38,12 @@ class EventLog:
         self._file: JsonLinesFile | None = None
         self._held: list[dict[str, Any]] = []
 
-    def write(self, kind: str, message: str, **fields: Any) -> None:
+    def write(self, kind: str, message: str, *, logged: bool = True, **fields: Any) -> None:
         """Append one event. A field JSON cannot hold is written as its `repr`: an event must not
         stop the run it tells about.
+
+        Args:
+            logged: whether it goes to the logger, too.
 
         Raises:
             AlignmentError: a field takes a name of the log's own, or the file cannot be written.
@@ -50,7 +54,8 @@ class EventLog:
         record = {"time": utc_now(), "kind": kind, "message": message}
         self._held.append(record | {name: _plain(value) for name, value in fields.items()})
         self._write_held()
-        logger.log(_LOG_LEVELS.get(kind, logging.INFO), "%s", message)
+        if logged:
+            logger.log(_LOG_LEVELS.get(kind, logging.INFO), "%s", message)
 
     def close(self) -> None:
         self._write_held()

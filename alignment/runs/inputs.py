@@ -138,6 +138,37 @@ def refuse_changed_inputs(run: Path, name: str) -> bool:
     return recorded is not None
 
 
+def refuse_changed_start(run: Path, recipe: Recipe, now: Mapping[str, str]) -> None:
+    """Compare what a run is about to go on with, with what it started from.
+
+    Args:
+        now: hashes of its "model", "tokenizer", "template" and "data" as they were just loaded.
+
+    Raises:
+        UserInputError: something changed; the message names it.
+        AlignmentError: the run's record cannot be read.
+    """
+    source = recipe.data.options.get("path", recipe.data.type)
+    names = {
+        "model": f"model.path, {recipe.model.path}",
+        "tokenizer": f"the tokenizer of {recipe.model.path}",
+        "template": f"the chat template of {recipe.model.chat_template or recipe.model.path}",
+        "data": f"the rows of data, {source}",
+    }
+    info = RunDirectory.open(run).read_info()
+    changes = [
+        f"{name}, {short_hash(before)} when it started and {short_hash(now[key])} now"
+        for key, name in names.items()
+        if (before := info.get(f"{key}_hash")) is not None and before != now[key]
+    ]
+    if changes:
+        raise UserInputError(
+            f"the run {run} cannot go on: what it started from has changed since: "
+            f"{'; '.join(changes)}. Put it back as it was, choose another run.name, or delete the "
+            "run"
+        )
+
+
 def check_compatible(child: Encoding, parents: Sequence[ParentRecord]) -> None:
     """Refuse parents that turned text into other tokens than this run does.
 

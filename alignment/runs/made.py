@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.runs.files import readable_errors, remove_leftovers, write_atomic
+from alignment.types import AlignmentError
 
 
 class MadeData:
@@ -44,12 +45,29 @@ class MadeData:
             how many there are.
 
         Raises:
-            AlignmentError: a file cannot be read or written.
+            AlignmentError: a file cannot be read or written, or was damaged since it was written.
         """
         with readable_errors("read", self.directory):
-            text = "".join(path.read_text(encoding="utf-8") for path in self._files())
+            text = "".join(_whole(path) for path in self._files())
         write_atomic(target, text)
         return text.count("\n")
 
     def _files(self) -> list[Path]:
         return sorted(self.directory.glob("step-*.jsonl"))
+
+
+def _whole(path: Path) -> str:
+    """The text of a step's file. Writing it leaves it whole or not there at all."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+        lines = text.split("\n")
+        if lines.pop():
+            raise ValueError("its last line has no end")
+        for line in lines:
+            json.loads(line)
+    except ValueError as error:
+        raise AlignmentError(
+            f"{path} is damaged ({error}); put it back from a copy, or make it again: go on from a "
+            "checkpoint of an earlier step (--resume DIR)"
+        ) from error
+    return text

@@ -62,6 +62,18 @@ class MetricSums:
         for name, amount in other.counts.items():
             self.add_count(name, amount)
 
+    def copy(self) -> MetricSums:
+        """The sums as they are now, for `restore`."""
+        copied = MetricSums()
+        copied.restore(self)
+        return copied
+
+    def restore(self, earlier: MetricSums) -> None:
+        """Forget what came after `earlier`: an attempt that failed counts for nothing."""
+        self.means = dict(earlier.means)
+        self.maxima = dict(earlier.maxima)
+        self.counts = dict(earlier.counts)
+
     def result(self) -> dict[str, float]:
         """Name to number. A mean over nothing was not measured, and is left out."""
         means = {name: total / count for name, (total, count) in self.means.items() if count}

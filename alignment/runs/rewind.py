@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignment.runs.checkpoint import discard_checkpoints_after
+from alignment.runs.checkpoint import clear_up, discard_checkpoints_after
 from alignment.runs.directory import RunDirectory
 from alignment.runs.made import MadeData
 from alignment.runs.metrics import MetricsWriter
@@ -10,7 +10,8 @@ from alignment.runs.samples import SampleRecorder
 
 
 def rewind(run: RunDirectory, step: int) -> None:
-    """Drop metrics, samples, made rows and checkpoints of the steps after `step` (0: all of them).
+    """Drop metrics, samples, made rows and checkpoints of the steps after `step` (0: all of them),
+    and what killed writes left.
 
     Events stay: they tell what happened, the steps that are run again included. Call it before
     a `MetricsWriter` of the run is opened.
@@ -18,6 +19,7 @@ def rewind(run: RunDirectory, step: int) -> None:
     Raises:
         AlignmentError: something cannot be removed, with the reason.
     """
+    clear_up(run.checkpoints_dir)
     discard_checkpoints_after(run.checkpoints_dir, step)
     SampleRecorder(run.rollouts_dir).truncate_after(step)
     MadeData(run.made_dir).truncate_after(step)

@@ -1,9 +1,10 @@
 """Every sample of a step in one parquet file: for reading, and for training on it again.
 
-Columns, one row per completion in the order of the rollout:
+Columns, one row per completion, in the order of the rollout, those dropped from it at the end:
 
     step, prompt_index, sample_index   int64
     group                              int64     position // group_size
+    kept                               bool      False: sampled, but not trained on
     prompt, completion                 string    as rendered; as decoded without special tokens
     prompt_ids, completion_ids         list<int32>
     sampling_logprobs                  list<float32>
@@ -47,6 +48,7 @@ _SCHEMA = pa.schema(
         ("prompt_index", pa.int64()),
         ("sample_index", pa.int64()),
         ("group", pa.int64()),
+        ("kept", pa.bool_()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
@@ -80,7 +82,8 @@ class SampleRecorder:
 
         Args:
             advantages: one per item of the rollout; None where the item was left out.
-            extra: further columns, each with one value per item.
+            extra: further columns, each with one value per item. Like advantages, they are null
+                for what was dropped from the rollout.
 
         Raises:
             AlignmentError: lengths do not match, a column exists already, or the file cannot be
@@ -122,7 +125,8 @@ def read_rollout(path: Path | str) -> Rollout:
     """The rollout a file was written from.
 
     Equal to it in everything but this: `sampling_logprobs` are rounded to float32, a prompt's
-    row is what JSON can hold of it, and lone surrogates in texts are question marks.
+    row is what JSON can hold of it, and lone surrogates in texts are question marks. In a file of
+    an earlier version everything counts as kept: those did not hold what was dropped.
 
     Raises:
         AlignmentError: the file is missing, damaged, or no rollout.
@@ -138,8 +142,11 @@ def read_rollout(path: Path | str) -> Rollout:
             f"{path} is damaged or holds no rollout ({error}); rollouts are the step-*.parquet "
             "files that training wrote"
         ) from error
-    items = tuple(_item(row) for row in table.to_pylist())
-    return Rollout(items, group_size=about["group_size"], step=about["step"])
+    kept: list[RewardedCompletion] = []
+    dropped: list[RewardedCompletion] = []
+    for row in table.to_pylist():
+        (kept if row.get("kept", True) else dropped).append(_item(row))
+    return Rollout(tuple(kept), about["group_size"], about["step"], tuple(dropped))
 
 
 def _table(
@@ -147,20 +154,22 @@ def _table(
     advantages: Sequence[float | None] | None,
     extra: Mapping[str, Sequence[Any]],
 ) -> pa.Table:
+    n_kept, absent = len(rollout.items), [None] * len(rollout.dropped)
     rows = [
-        _row(item, rollout.step, index // rollout.group_size)
-        for index, item in enumerate(rollout.items)
+        _row(item, rollout.step, index // rollout.group_size, kept=index < n_kept)
+        for index, item in enumerate([*rollout.items, *rollout.dropped])
     ]
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
     if advantages is not None:
         place = _SCHEMA.get_field_index("advantage")
-        _check_length("advantage", advantages, len(rows))
-        table = table.set_column(place, "advantage", pa.array(advantages, pa.float64()))
+        _check_length("advantage", advantages, n_kept)
+        column = pa.array([*advantages, *absent], pa.float64())
+        table = table.set_column(place, "advantage", column)
     for name, values in extra.items():
-        _check_length(name, values, len(rows))
+        _check_length(name, values, n_kept)
         if name in table.column_names:
             raise AlignmentError(f"rollouts have a column {name!r} already; name yours otherwise")
-        table = table.append_column(name, pa.array(values))
+        table = table.append_column(name, pa.array([*values, *absent]))
     about = {"step": rollout.step, "group_size": rollout.group_size}
     return table.replace_schema_metadata({_METADATA_KEY: json.dumps(about).encode()})
 
@@ -172,13 +181,14 @@ def _check_length(name: str, values: Sequence[Any], n_items: int) -> None:
         )
 
 
-def _row(item: RewardedCompletion, step: int, group: int) -> dict[str, Any]:
+def _row(item: RewardedCompletion, step: int, group: int, *, kept: bool) -> dict[str, Any]:
     prompt, completion = item.prompt, item.completion
     return {
         "step": step,
         "prompt_index": prompt.index,
         "sample_index": completion.sample_index,
         "group": group,
+        "kept": kept,
         "prompt": _storable(prompt.text),
         "completion": _storable(completion.text),
         "prompt_ids": prompt.token_ids,

@@ -74,6 +74,24 @@ def decode_tree(document: Any, tensors: Mapping[str, Tensor]) -> Any:
     return _DECODERS[tag](document[tag], tensors)
 
 
+def first_difference(left: Any, right: Any) -> str | None:
+    """Where two trees are not the same, in words; None if they are, to the last bit and type.
+
+    Where a tensor is (which device) makes no difference, nor does the order of a dict's keys.
+
+    Raises:
+        AlignmentError: one of them is no tree.
+    """
+    one, other = encode_tree(left), encode_tree(right)
+    place = _difference(one.document, other.document, ())
+    if place is not None:
+        return place
+    for name, tensor in one.tensors.items():
+        if not _same_tensor(tensor, other.tensors[name]):
+            return f"the tensor {name!r}"
+    return None
+
+
 def tensor_bytes(tensor: Tensor) -> int:
     """What a tensor takes on disk."""
     return tensor.numel() * tensor.element_size()
@@ -170,6 +188,32 @@ def _array_tensor(array: Any, path: tuple[str, ...]) -> Tensor:
             f"{_named(path)} is a numpy array in another byte order; convert it to the native one"
         )
     return torch.from_numpy(np.array(array, order="C"))  # a copy: torch asks for writable memory
+
+
+def _difference(left: Any, right: Any, path: tuple[str, ...]) -> str | None:
+    """Where two documents differ."""
+    if type(left) is not type(right):
+        return _named(path)
+    if isinstance(left, dict):
+        for key in (*left, *right):
+            if key not in left or key not in right:
+                return f"{_named((*path, key))}, which one of them does not have"
+        pairs = [(str(key), left[key], right[key]) for key in left]
+    elif isinstance(left, list):
+        if len(left) != len(right):
+            return f"the length of {_named(path)}"
+        pairs = [(str(n), *both) for n, both in enumerate(zip(left, right, strict=True))]
+    else:  # repr tells -0.0 from 0.0
+        return None if repr(left) == repr(right) else f"{_named(path)}: {left!r} and {right!r}"
+    found = (_difference(one, other, (*path, key)) for key, one, other in pairs)
+    return next((place for place in found if place is not None), None)
+
+
+def _same_tensor(left: Tensor, right: Tensor) -> bool:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    bits = [t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return torch.equal(*bits)
 
 
 def _named(path: tuple[str, ...]) -> str:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-from alignment.config.load import load_recipe
 from alignment.config.model import ModelConfig
-from alignment.config.pipeline import PipelineRecipe
 from alignment.config.schema import RolloutConfig
 from alignment.data.chat import ChatEncoder
 from alignment.data.formats import Turns
 from alignment.data.prompts import with_system
 from alignment.distributed import Distributed
 from alignment.modeling.load import load_causal_lm
-from alignment.runs.directory import RunDirectory
+from alignment.trainers.finished import find_model
 from alignment.trainers.sampling import sampling_params
 from alignment.trainers.setup import load_policy_tokenizer, make_engine
 from alignment.types import Prompt, UserInputError
@@ -82,20 +79,12 @@ def chat(path: str) -> Callable[[list[dict[str, str]]], str]:
 
 
 def _settings(path: str) -> _Settings:
-    folder = Path(path)
-    if not (folder / "recipe.yaml").is_file():
+    named = find_model(path)
+    recipe = named.recipe
+    if recipe is None:
         return _Settings(ModelConfig(path=path), _for_answers(None))
-    run = RunDirectory.open(folder)
-    recipe = load_recipe(run.recipe)
-    if isinstance(recipe, PipelineRecipe):
-        return _settings(str(run.path / "stages" / recipe.stages[-1].name))
-    if not run.model_dir.is_dir():
-        raise UserInputError(
-            f"{path} has no model yet, because the run is not finished; go on with it by "
-            f"align train {run.recipe}"
-        )
     model = ModelConfig(
-        path=str(run.model_dir),
+        path=named.path,
         dtype=recipe.model.dtype,
         attention=recipe.model.attention,
         trust_remote_code=recipe.model.trust_remote_code,

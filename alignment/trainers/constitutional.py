@@ -8,13 +8,13 @@ nothing is trained. What the revisions teach is for later stages: SFT reads `pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.config.methods.feedback import ConstitutionalConfig
 from alignment.data.prompts import prompt_column
 from alignment.feedback.chat_model import derived_seed
-from alignment.feedback.revision import Revision, critique_and_revise
+from alignment.feedback.revision import Response, Revision, critique_and_revise
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
 from alignment.trainers.feedback import (
@@ -27,7 +27,7 @@ from alignment.trainers.feedback import (
     settle,
 )
 from alignment.trainers.update import timed
-from alignment.types import RewardedCompletion, Rollout
+from alignment.types import RewardedCompletion
 
 Row = dict[str, Any]
 
@@ -58,39 +58,45 @@ class ConstitutionalMaker:
         metrics = MetricSums()
         rollout = self.answers.sample(step, metrics)
         record_answers(rollout.items, metrics)
+        keep = self.config.keep_cut_off
+        unfit = [why_unfit(item, keep_cut_off=keep) for item in rollout.items]
+        asked = [item for item, reason in zip(rollout.items, unfit, strict=True) if not reason]
         with timed(metrics, "revise"):
-            revisions = self.revise(step, rollout)
-        left_out = [
-            why_left_out(item, revision, keep_cut_off=self.config.keep_cut_off)
-            for item, revision in zip(rollout.items, revisions, strict=True)
-        ]
+            revisions = self.revise(step, asked)
+        unusable = [why_left_out(revision) for revision in revisions]
         what = f"revisions by {self.chat_model.name}"
+        left_out = [*filter(None, unfit), *unusable]
         settle(self.context, step, revisions, left_out, REASONS, metrics, what)
         rows = []
-        for item, revision, reason in zip(rollout.items, revisions, left_out, strict=True):
+        for item, revision, reason in zip(asked, revisions, unusable, strict=True):
             if not reason:
                 row = row_of(item, revision)
                 record_lengths(row, metrics)
                 rows.append((item.prompt.index, row))
         return StepResult(metrics, rollout, rows=rows)
 
-    def revise(self, step: int, rollout: Rollout) -> list[Revision]:
+    def revise(self, step: int, items: Sequence[RewardedCompletion]) -> list[Revision]:
         """What the chat model makes of each answer.
 
-        Answers that can give no row are revised as well: the principle of an answer is drawn by its
-        number, so that it depends neither on the other answers nor on the number of ranks.
+        The principle of an answer is drawn by its number, so that it depends neither on the other
+        answers nor on the number of ranks.
         """
-        items = rollout.items
+        per_prompt = self.config.samples_per_prompt
         return critique_and_revise(
             self.chat_model,
             self.rules.constitution,
-            [self.answers.conversation(item.prompt) for item in items],
-            [item.completion.text for item in items],
+            [
+                Response(
+                    item.prompt.index * per_prompt + item.completion.sample_index,
+                    self.answers.conversation(item.prompt),
+                    item.completion.text,
+                )
+                for item in items
+            ],
             rounds=self.config.rounds,
             seed=derived_seed(self.context.recipe.run.seed, step, _REVISING),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
-            first_item=items[0].prompt.index * rollout.group_size if items else 0,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,15 +107,18 @@ class ConstitutionalMaker:
         self.context.order.load_state_dict(state["order"])
 
 
-def why_left_out(item: RewardedCompletion, revision: Revision, *, keep_cut_off: bool) -> str:
-    """One of `REASONS`, or "" for an answer that gives a row."""
+def why_unfit(item: RewardedCompletion, *, keep_cut_off: bool) -> str:
+    """One of `REASONS`, or "" for an answer that is worth revising."""
     if is_blank(item):
         return "blank"
-    if is_cut_off(item) and not keep_cut_off:
-        return "cut_off"
+    return "cut_off" if is_cut_off(item) and not keep_cut_off else ""
+
+
+def why_left_out(revision: Revision) -> str:
+    """One of `REASONS`, or "" for a revision that gives a row."""
     if revision.final is None:
         return "failed"
-    return "unchanged" if revision.final.strip() == item.completion.text.strip() else ""
+    return "unchanged" if revision.final.strip() == revision.response.strip() else ""
 
 
 def row_of(item: RewardedCompletion, revision: Revision) -> Row:

@@ -14,6 +14,7 @@ from alignment.modeling.heads import ScalarModel
 from alignment.modeling.optimizer import MasterWeightOptimizer
 from alignment.modeling.policy import PolicyWithReference
 from alignment.rewards.compose import CompositeReward
+from alignment.rollout.collect import Complete
 from alignment.rollout.engine import RolloutEngine
 from alignment.runs.events import EventLog
 from alignment.runs.metrics import MetricSums
@@ -92,6 +93,7 @@ class TrainingContext:
     held_out:  data never trained on, in every form its rows have.
     order:     draws the rows of the training data.
     cache:     folder of the run for what can be computed again (reference log-probabilities).
+    recorded:  the completions of another run, in place of the engine's and the rewards'.
     """
 
     recipe: Recipe
@@ -107,6 +109,7 @@ class TrainingContext:
     order: DataOrder
     fingerprint: str
     cache: Path
+    recorded: Complete | None = None
 
     @property
     def policy(self) -> PolicyWithReference:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alignment.activity import doing
 from alignment.config.load import load_recipe
 from alignment.config.model import ReferenceConfig
 from alignment.config.options import resolve, validate_options
@@ -71,14 +72,23 @@ class Evaluator:
     context: TrainingContext
     directory: Path
 
+    @doing("evaluation")
     def run(self, step: int) -> dict[str, float]:
         """Evaluate, save `<task>-step-NNNNNN`, and return `eval/<task>/<metric>`.
 
-        Evaluation draws no random number that training uses: sampling is counter-based.
+        Evaluation draws no random number that training uses: sampling is counter-based. Rank 0
+        evaluates alone; sharded weights are whole for that long.
         """
+        tasks = self.context.recipe.eval.tasks
+        if not tasks:
+            return {}
+        model = self.context.trained.model
+        scalar = isinstance(model, ScalarModel)
+        with model.gathered() if scalar else self.context.policy.gathered(reference=True):
+            return self._run(step) if self.context.distributed.is_main else {}
+
+    def _run(self, step: int) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if not self.context.distributed.is_main:
-            return metrics
         for config in self.context.recipe.eval.tasks:
             name = config.name or config.type
             result = make_task(config).run(eval_context(self.context))

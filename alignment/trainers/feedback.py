@@ -27,10 +27,11 @@ from alignment.feedback.constitution import Constitution, load_constitution
 from alignment.feedback.endpoint import EndpointChatModel
 from alignment.feedback.local import LocalChatModel, model_logprobs
 from alignment.modeling.load import load_causal_lm, load_tokenizer
-from alignment.rollout.collect import Grade, sample_and_grade
+from alignment.rollout.collect import Grade
 from alignment.runs.lineage import text_hash
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
+from alignment.trainers.sampler import completer
 from alignment.trainers.sampling import sampling_params
 from alignment.trainers.setup import make_engine
 from alignment.trainers.update import timed
@@ -181,7 +182,7 @@ class AnswerSource:
         self._rollout = context.recipe.rollout
         self._per_step = config.prompts_per_step
         self._samples = samples
-        self._grade = grade or ungraded
+        self._complete = completer(context, grade or ungraded)
         n_prompts = len(context.train.prompts)
         # Without a number of steps each prompt is drawn once, and the last step may be smaller.
         self._n_draws = n_prompts if config.steps is None else config.steps * self._per_step
@@ -199,9 +200,7 @@ class AnswerSource:
             self._rollout, n=self._samples, seed=context.recipe.run.seed, step=step
         )
         with timed(metrics, "rollout"):
-            items = (
-                sample_and_grade(context.engine, self._grade, prompts, sampling) if prompts else []
-            )
+            items = self._complete(prompts, sampling)
         return Rollout(tuple(items), self._samples, step)
 
     def conversation(self, prompt: Prompt) -> Conversation:

@@ -3,20 +3,20 @@
 KTO (Ethayarajh et al. 2024) takes each completion by itself: its implied reward, beta log(policy /
 reference), is valued against a reference point, the KL divergence of the policy from the
 reference, by a curve that flattens on both sides. That point is estimated at each step from the
-batch's completions behind other prompts than their own.
+batch's completions behind other prompts than their own. Its relatives have other points and curves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.config.methods.kto import KTOConfig
-from alignment.losses import kto_kl, kto_loss
+from alignment.config.methods.kto import KTOConfig, UnpairedLossConfig
+from alignment.losses import SequenceLoss, bco_loss, kto_kl, kto_loss
 from alignment.modeling.scorer import Scores
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
@@ -26,6 +26,13 @@ from alignment.types import LabelledSample, Sample, UserInputError
 
 # All desirable samples' weight over all undesirable ones': the range that the paper recommends.
 _BALANCE = (1.0, 4.0 / 3.0)
+
+# Of each kind: (logps, ref_logps, desirable, point, *, beta, desirable_weight, undesirable_weight).
+_LOSSES: Mapping[str, Callable[..., SequenceLoss]] = {
+    "kto": kto_loss,
+    "apo_zero_unpaired": kto_loss,  # at the point 0
+    "bco": bco_loss,
+}
 
 
 class KTOTrainer:
@@ -50,7 +57,8 @@ class KTOTrainer:
             (config.epochs or 1) * len(self.labelled) / config.samples_per_step
         )
         self.update = Updater(context, total_steps=self.total_steps)
-        warning = balance_warning(self.labelled, config)
+        self.bco_shift = 0.0
+        warning = balance_warning(self.labelled, config.loss)
         if warning:
             context.events.write("warning", warning)
 
@@ -60,13 +68,20 @@ class KTOTrainer:
         batch = self.distributed.share(drawn)
         samples = [one.sample for one in batch]
         with timed(metrics, "record"):
-            kl = self.reference_point([one.sample for one in drawn])
+            point = self.point([one.sample for one in drawn])
             reference = self.policy.logprobs(samples, self.token_budget, of_reference=True)
         with timed(metrics, "update"):
-            self.learn(step, batch, reference, kl, metrics)
+            self.learn(step, batch, reference, point, metrics)
+        self._move_shift(metrics)
         if self.policy.reference is not None:
             self.policy.reference.after_step(step)
         return StepResult(metrics)
+
+    def point(self, drawn: Sequence[Sample]) -> float:
+        """What implied rewards are held against: in nats, or of bco in units of reward."""
+        if self.config.loss.kind == "kto":
+            return self.reference_point(drawn)
+        return self.bco_shift
 
     def reference_point(self, drawn: Sequence[Sample]) -> float:
         """KL(policy || reference) in nats a sequence, from the samples of all ranks; at least 0.
@@ -89,35 +104,54 @@ class KTOTrainer:
         step: int,
         batch: Sequence[LabelledSample],
         reference: Sequence[Tensor],
-        kl: float,
+        point: float,
         metrics: MetricSums,
     ) -> None:
         """One optimizer update."""
-        config = self.config
+        config = self.config.loss
+        loss_of_kind = _LOSSES[config.kind]
 
         def loss_of(scores: Scores, rows: list[int]) -> Tensor:
             ref = aligned(pick(reference, 0, rows), scores.logprobs)
             desirable = [batch[row].desirable for row in rows]
-            loss = kto_loss(
+            loss = loss_of_kind(
                 torch.where(scores.mask, scores.logprobs, 0.0).sum(dim=1),
                 torch.where(scores.mask, ref, 0.0).sum(dim=1),
                 torch.tensor(desirable, device=ref.device),
-                kl,
+                point,
                 beta=config.beta,
                 desirable_weight=config.desirable_weight,
                 undesirable_weight=config.undesirable_weight,
             )
             record(metrics, loss.metrics, "kto/")
-            return loss.per_sequence.sum() / config.samples_per_step
+            return loss.per_sequence.sum() / self.config.samples_per_step
 
         self.update(step, [one.sample for one in batch], loss_of, metrics)
 
+    def _move_shift(self, metrics: MetricSums) -> None:
+        """Move bco's shift by the mean of the two classes' mean rewards, over all ranks."""
+        decay = self.config.loss.bco_decay
+        if decay is None:
+            return
+        names = ("kto/reward/desirable", "kto/reward/undesirable")
+        sums = [x for name in names for x in metrics.means.get(name, (0.0, 0.0))]
+        good, n_good, bad, n_bad = self.distributed.sum(sums)
+        if n_good and n_bad:  # of one class alone, the mean is no border between two
+            middle = (good / n_good + bad / n_bad) / 2
+            if math.isfinite(middle):  # else the update was skipped
+                self.bco_shift = decay * self.bco_shift + (1 - decay) * middle
+
     def state_dict(self) -> dict[str, Any]:
-        return {"order": self.order.state_dict(), "update": self.update.state_dict()}
+        return {
+            "order": self.order.state_dict(),
+            "update": self.update.state_dict(),
+            "bco_shift": self.bco_shift,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.order.load_state_dict(state["order"])
         self.update.load_state_dict(state["update"])
+        self.bco_shift = state["bco_shift"]
 
 
 def mismatched(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
@@ -136,7 +170,7 @@ def mismatched(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
     return out
 
 
-def balance_warning(labelled: Sequence[LabelledSample], config: KTOConfig) -> str:
+def balance_warning(labelled: Sequence[LabelledSample], config: UnpairedLossConfig) -> str:
     """What is wrong with the weights of the two classes, with a remedy; "" if nothing is."""
     n_desirable = sum(one.desirable for one in labelled)
     n_undesirable = len(labelled) - n_desirable
@@ -147,7 +181,8 @@ def balance_warning(labelled: Sequence[LabelledSample], config: KTOConfig) -> st
     undesirable = config.undesirable_weight * n_undesirable
     low, high = _BALANCE
     # Weights are given to two or three digits: 1.33 x 3 against 4 x 1 is within the range.
-    if low * undesirable * 0.99 <= desirable <= high * undesirable * 1.01:
+    balanced = low * undesirable * 0.99 <= desirable <= high * undesirable * 1.01
+    if balanced or config.kind != "kto":
         return ""
     return (
         f"KTO: {counts} weigh {desirable:g} to {undesirable:g}; KTO works best from 1:1 to 4:3. "
@@ -155,13 +190,13 @@ def balance_warning(labelled: Sequence[LabelledSample], config: KTOConfig) -> st
     )
 
 
-def _remedy(config: KTOConfig, n_desirable: int, n_undesirable: int) -> str:
+def _remedy(config: UnpairedLossConfig, n_desirable: int, n_undesirable: int) -> str:
     """Raise the weight of the class that is too light."""
     if config.desirable_weight * n_desirable > config.undesirable_weight * n_undesirable:
         weight = config.desirable_weight * n_desirable / n_undesirable
-        return f"Set algorithm.undesirable_weight to {weight:.3g}"
+        return f"Set algorithm.loss.undesirable_weight to {weight:.3g}"
     weight = config.undesirable_weight * n_undesirable / n_desirable
-    return f"Set algorithm.desirable_weight to {weight:.3g}"
+    return f"Set algorithm.loss.desirable_weight to {weight:.3g}"
 
 
 def _sums(logprobs: Sequence[Tensor], samples: Sequence[Sample]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -12,18 +13,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
+from alignment.activity import ACTIVITY, doing
 from alignment.config.methods.base import needs_of
 from alignment.rollout.sampling import row_key
-from alignment.runs.checkpoint import save_checkpoint
+from alignment.runs.checkpoint_writer import BestBy, CheckpointWriter
 from alignment.runs.directory import RunDirectory
+from alignment.runs.launched import launch_options
 from alignment.runs.made import MadeData
 from alignment.runs.metrics import MetricSums, MetricsWriter
 from alignment.runs.progress import Progress, show_samples
 from alignment.runs.samples import SampleRecorder
 from alignment.trainers.context import StepResult, Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
+from alignment.trainers.memory import memory_events
 from alignment.trainers.state import training_state
 from alignment.types import AlignmentError, Rollout
 
@@ -55,7 +60,8 @@ class Stopped(AlignmentError):
 
     def __init__(self, progress: str, recipe: Path) -> None:
         super().__init__(
-            f"stopped after {progress}, which is saved; to go on: align train {recipe}"
+            f"stopped after {progress}, which is saved; to go on: align train "
+            f"{recipe}{launch_options()}"
         )
         self.progress = progress
 
@@ -81,34 +87,51 @@ class Loop:
         # Only rank 0 writes; the others hold a writer that goes nowhere.
         is_main = self.context.distributed.is_main
         writer = MetricsWriter(self.directory.metrics if is_main else os.devnull)
-        with closing(writer), _stop_requests() as stop, self._progress(total) as progress:
+        with (
+            closing(writer),
+            _stop_requests() as stop,
+            self._checkpoints() as checkpoints,
+            self._progress(total) as progress,
+        ):
             if self.start == 0 and recipe.eval.at_start and recipe.eval.tasks:
                 self._write(writer, 0, self.evaluator.run(0))
             for step in range(self.start + 1, total + 1):
-                began = time.monotonic()
-                self._seed(step)
-                result = trainer.step(step)
-                metrics = self._measure(result, began)
+                result, metrics = self.step(step)
                 self._record(step, result)
                 self._keep_rows(step, result)
                 if self._is_due(step, recipe.eval.every, total):
-                    metrics |= self.evaluator.run(step)
+                    with memory_events(self.context, step):
+                        metrics |= self.evaluator.run(step)
                 self._write(writer, step, metrics)
                 progress.update(step, metrics)
+                checkpoints.collect()
                 stopping = self._any_rank(stop)
                 if stopping or self._is_due(step, recipe.checkpoint.every, total):
                     writer.sync()
-                    self._save(step)
+                    self._save(step, checkpoints)
                 if stopping and step < total:
+                    checkpoints.wait()
                     raise Stopped(f"step {step} of {total}", self.directory.recipe)
 
+    def step(self, step: int) -> tuple[StepResult, dict[str, float]]:
+        """Make one step: what it gave on this rank, and its metrics over all ranks."""
+        began = time.monotonic()
+        ACTIVITY.begin(step, "step")
+        self._seed(step)
+        with memory_events(self.context, step):
+            result = self.trainer.step(step)
+        return result, self._measure(result, began)
+
     def _seed(self, step: int) -> None:
-        """Make what is drawn from torch's generators (dropout) depend on seed, step and rank alone.
+        """Make what is drawn from generators (dropout, a reward of the user's own) depend on seed,
+        step and rank alone.
 
         So neither an evaluation nor a restart changes it, and no generator has to be saved.
         """
         key = row_key(self.context.recipe.run.seed, step, self.context.distributed.rank, 0)
         torch.manual_seed(key >> 1)
+        random.seed(key)
+        np.random.seed(key % 2**32)
 
     def _progress(self, total: int) -> Any:
         if not self.context.distributed.is_main:
@@ -143,8 +166,11 @@ class Loop:
             for row in zip(rollout.items, advantages or [None] * len(rollout.items), strict=True)
         ]
         rows.sort(key=lambda row: row[0].prompt.index)
-        rollout = Rollout(tuple(item for item, _ in rows), result.rollout.group_size, step)
-        if rows:
+        dropped = [item for rollout, _ in parts for item in rollout.dropped]
+        dropped.sort(key=lambda item: item.prompt.index)
+        group_size = result.rollout.group_size
+        rollout = Rollout(tuple(item for item, _ in rows), group_size, step, tuple(dropped))
+        if rows or dropped:
             SampleRecorder(self.directory.rollouts_dir).write(
                 rollout, advantages=[advantage for _, advantage in rows]
             )
@@ -164,18 +190,21 @@ class Loop:
         if self.context.distributed.is_main:
             writer.write(step, metrics)
 
-    def _save(self, step: int) -> None:
-        distributed = self.context.distributed
-        if distributed.is_main:
-            state = training_state(self.trainer, self.context, step)
-            path = save_checkpoint(
-                self.directory.checkpoints_dir,
-                step,
-                state,
-                keep=self.context.recipe.checkpoint.keep,
-            )
-            self.context.events.write("checkpoint", f"step {step}: saved {path.name}", step=step)
-        distributed.barrier()
+    @doing("saving")
+    def _save(self, step: int, checkpoints: CheckpointWriter) -> None:
+        """Hand the state of this step to rank 0's writer, which writes while the next step runs."""
+        state = training_state(self.trainer, self.context, step)
+        if self.context.distributed.is_main:
+            checkpoints.submit(step, state)
+
+    def _checkpoints(self) -> CheckpointWriter:
+        config = self.context.recipe.checkpoint
+        best = None
+        if config.keep_best is not None:
+            best = BestBy(self.directory.metrics, config.keep_best.metric, config.keep_best.mode)
+        return CheckpointWriter(
+            self.directory.checkpoints_dir, self.context.events, keep=config.keep, best=best
+        )
 
     def _is_due(self, step: int, every: int, total: int) -> bool:
         return step == total or (every > 0 and step % every == 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.rewards.compose import check_unscorable, unscorable_share
+from alignment.rewards.compose import check_unscorable, described_failures, unscorable_share
 from alignment.rollout.collect import Collected, has_spread
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
@@ -32,6 +32,8 @@ class RolloutMonitor:
         self._limits = context.recipe.limits
         self._events = context.events
         self._distributed = context.distributed
+        # Recorded completions may be those of any policy: their gap is measured, and no fault.
+        self._limits_gap = context.recorded is None
         self._gaps_in_a_row = 0
         self._idle_in_a_row = 0
         self._reasons: list[str] = []
@@ -70,6 +72,15 @@ class RolloutMonitor:
         if not spread and (self._compares_groups or len(everyones) == 1):
             self._reasons.append(_no_spread(everyones))
         failed = self._distributed.gather([item for item in items if item.reward is None])
+        if failed and self._distributed.is_main:
+            step = collected.rollout.step
+            self._events.write(
+                "unscorable",
+                f"step {step}: {len(failed)} of {total:.0f} completions could not be scored and "
+                f"are left out of the loss {described_failures(failed)}",
+                step=step,
+                completions=len(failed),
+            )
         check_unscorable(failed, self._limits.unscorable, among=int(total))
 
     def rewards(self, rollout: Rollout, rewards: Tensor, metrics: MetricSums) -> None:
@@ -118,7 +129,7 @@ class RolloutMonitor:
     def _check_gap(self, step: int, metrics: MetricSums) -> None:
         total, count = metrics.means.get("engine/logprob_gap", (0.0, 0.0))
         total, count = self._distributed.sum([total, count])
-        if not count or total / count <= self._limits.logprob_gap:
+        if not (count and self._limits_gap) or total / count <= self._limits.logprob_gap:
             self._gaps_in_a_row = 0
             return
         self._gaps_in_a_row += 1

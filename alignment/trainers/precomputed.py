@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from alignment.downloads import cache_directory
+from alignment.modeling.finite import require_finite
+from alignment.modeling.memory import memory_for
+from alignment.modeling.policy import PolicyWithReference
+from alignment.modeling.shards import lockstep, rows_of
 from alignment.runs.files import readable_errors, write_atomic
 from alignment.trainers.context import TrainingContext
-from alignment.trainers.preference import logprobs_of
 from alignment.types import Sample
 
 _FORMAT = 1  # raised when the numbers or the file change
@@ -84,9 +87,24 @@ def _scored(context: TrainingContext, samples: Sequence[Sample]) -> list[Tensor]
     """Scored now, in the order of the samples; the same for any number of ranks."""
     policy, distributed = context.policy, context.distributed
     plan = policy.plan(samples, context.recipe.optim.micro_batch_tokens, together=2)
-    mine = logprobs_of(policy.backbone, samples, distributed.deal(plan))
+    mine = logprobs_of(policy, samples, distributed.deal(plan))
     everyone = dict(distributed.gather([(i, row.float().cpu()) for i, row in mine]))
-    return [everyone[i] for i in range(len(samples))]
+    rows = [everyone[i] for i in range(len(samples))]
+    require_finite(rows, policy.model, "a log-probability of the reference")
+    return rows
+
+
+@torch.no_grad()
+def logprobs_of(
+    policy: PolicyWithReference, samples: Sequence[Sample], batches: Sequence[list[int]]
+) -> Iterator[tuple[int, Tensor]]:
+    """(index, `[completion length]` log-probabilities) of the samples of these micro-batches."""
+    for batch in lockstep(policy.shards, batches):
+        rows = rows_of(samples, batch)
+        with memory_for(rows):
+            scores = policy(rows)
+        for row, i in enumerate(batch):
+            yield i, scores.logprobs[row, : len(samples[i].completion_ids)]
 
 
 def _read(path: Path, n_tokens: int) -> tuple[Tensor | None, str]:

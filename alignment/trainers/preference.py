@@ -7,7 +7,7 @@ share their prompt's computation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +22,14 @@ from alignment.losses import (
     preference_loss,
     sequence_weights,
 )
-from alignment.modeling.backbone import Backbone
+from alignment.modeling.memory import micro_batched
 from alignment.modeling.policy import PolicyWithReference
-from alignment.modeling.scorer import Scores, score
+from alignment.modeling.scorer import Scores
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.experience import aligned, pick
 from alignment.trainers.update import Updater, record, record_masked
-from alignment.types import AlignmentError, Sample
+from alignment.types import Sample
 
 # Mean log-ratio of the chosen completions' tokens, in nats, below which the run says so. DPO pushes
 # both sides of its pairs down; here the policy gives each preferred token 0.6 times the
@@ -42,17 +42,6 @@ def interleaved(chosen: Iterable[Sample], rejected: Iterable[Sample]) -> list[Sa
     return [side for pair in zip(chosen, rejected, strict=True) for side in pair]
 
 
-@torch.no_grad()
-def logprobs_of(
-    backbone: Backbone, samples: Sequence[Sample], batches: Iterable[Sequence[int]]
-) -> Iterator[tuple[int, Tensor]]:
-    """(index, `[completion length]` log-probabilities) of the samples of these micro-batches."""
-    for batch in batches:
-        scores = score(backbone, [samples[i] for i in batch])
-        for row, i in enumerate(batch):
-            yield i, scores.logprobs[row, : len(samples[i].completion_ids)]
-
-
 def reference_logprobs(
     policy: PolicyWithReference, samples: Sequence[Sample], token_budget: int
 ) -> list[Tensor]:
@@ -61,12 +50,7 @@ def reference_logprobs(
     The micro-batches are those of the update, so that a policy that equals its reference gets the
     same numbers bit for bit, in low precision too.
     """
-    if policy.reference is None:
-        raise AlignmentError("this policy has no reference to score; set model.reference")
-    batches = policy.plan(samples, token_budget, together=2)
-    with policy.reference.backbone() as backbone:
-        scored = dict(logprobs_of(backbone, samples, batches))
-    return [scored[i] for i in range(len(samples))]
+    return policy.logprobs(samples, token_budget, of_reference=True, together=2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,8 +247,9 @@ class PairLearner:
     ) -> list[list[float]]:
         """The pairs' sums under the policy before the update, a row a pair."""
         out: dict[int, list[float]] = {}
-        for batch in self._policy.plan(samples, self._token_budget, together=2):
-            scores = self._policy([samples[i] for i in batch])
+        for scores, batch in micro_batched(
+            self._policy, samples, self._token_budget, self._policy, together=2
+        ):
             sums = self._sums(scores, _like(scores, batch, reference))
             out |= zip((i // 2 for i in batch[::2]), sums.rows(), strict=True)
         return [out[pair] for pair in range(len(samples) // 2)]

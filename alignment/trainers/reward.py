@@ -58,11 +58,11 @@ class RewardModelTrainer:
         samples = [
             sample for row in batch for sample in (self.pairs.chosen[row], self.pairs.rejected[row])
         ]
-        scored: list[float] = []
+        scored: dict[int, float] = {}
 
         def loss_of(values: Values, rows: list[int]) -> Tensor:
             scores = values.last
-            scored.extend(scores.tolist())
+            scored.update(zip(rows, scores.tolist(), strict=True))
             loss = bradley_terry_loss(
                 scores[::2],
                 scores[1::2],
@@ -74,7 +74,7 @@ class RewardModelTrainer:
             return loss.per_sequence.sum() / len(drawn)
 
         self.update(step, samples, loss_of, metrics, together=2)
-        self._observe(scored, metrics)
+        self._observe(list(scored.values()), metrics)
         if self.distributed.is_main:
             metrics.add("data/epoch", self.order.epoch)
         return StepResult(metrics)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
 from alignment import registry
+from alignment.activity import doing
 from alignment.config.load import dump_recipe
 from alignment.config.methods.base import needs_of
 from alignment.config.schema import Recipe
@@ -29,27 +33,44 @@ from alignment.runs.inputs import (
     check_compatible,
     find_parents,
     refuse_changed_inputs,
+    refuse_changed_start,
 )
 from alignment.runs.lineage import run_info
 from alignment.runs.made import MadeData
 from alignment.runs.metrics import read_metrics
 from alignment.runs.outputs import FINISHED, Encoding, write_finished
 from alignment.runs.rewind import rewind
+from alignment.runs.watch import Watch, clear_heartbeats
 from alignment.trainers.context import Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
+from alignment.trainers.failure import recorded_failure
 from alignment.trainers.loop import Loop
+from alignment.trainers.recorded import (
+    MARK,
+    RecordedRollouts,
+    refuse_other_source,
+    rollouts_for,
+    without_sampling,
+)
 from alignment.trainers.setup import Loaded, assemble, load_parts
 from alignment.trainers.state import restore_state
 from alignment.types import AlignmentError, UserInputError
 
 
-def train(recipe: Recipe, *, resume: str = "auto", command: Sequence[str] = ()) -> RunDirectory:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    command: Sequence[str] = (),
+    rollouts_from: Path | None = None,
+) -> RunDirectory:
     """Train a recipe to the end and leave `runs/NAME/`.
 
     Args:
         resume: `auto` goes on with a run of this name and recipe; `never` refuses a name that
             exists; anything else is a checkpoint folder to go on from.
         command: what to note as the command in `run.json`.
+        rollouts_from: a run whose recorded rollouts are trained on, in place of sampling.
 
     Raises:
         UserInputError: the recipe, its data or model, or the run's name are not usable.
@@ -63,23 +84,41 @@ def train(recipe: Recipe, *, resume: str = "auto", command: Sequence[str] = ()) 
     if exists:
         check_resumable(path, recipe_yaml, resume)
         refuse_changed_inputs(path, f"the run {path}")
+        refuse_other_source(RunDirectory(path).read_info(), f"the run {path}", rollouts_from)
         if (path / FINISHED).is_file():
             Console().print(f"{path} is finished already; nothing to do", soft_wrap=True)
             return RunDirectory.open(path)
     torch.manual_seed(recipe.run.seed)
+    recorded = None if rollouts_from is None else rollouts_for(rollouts_from, recipe)
     parents = find_parents(recipe)
-    loaded = load_parts(recipe)
+    # Evaluations sample and grade in any case.
+    samples = recorded is None or recipe.eval.tasks
+    loaded = load_parts(recipe if samples else without_sampling(recipe))
+    if exists:
+        refuse_changed_start(path, recipe, asdict(loaded.fingerprints))
     check_compatible(_encoding(loaded), parents)
-    directory = _open_directory(recipe, recipe_yaml, command, parents, loaded, distributed, exists)
+    if recorded is not None:
+        recorded.require_tokens(_encoding(loaded))
+    directory = _open_directory(
+        recipe, recipe_yaml, command, parents, loaded, distributed, exists, recorded
+    )
     own_log = directory.path / f"events-rank{distributed.rank}.jsonl"
     events = EventLog(directory.events if distributed.is_main else own_log)
     try:
-        context = assemble(loaded, distributed, events, cache=directory.cache_dir)
-        trainer: Trainer = registry.get("trainer", algorithm_type(recipe))(context)
-        start = _resume(directory, trainer, context, resume) if exists else 0
-        context.events.write("start", f"training from step {start}", step=start)
-        Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), start).run()
-        _finish(directory, context, trainer, _encoding(loaded))
+        with (
+            recorded_failure(directory, events),
+            _watch(directory, recipe, distributed, events),
+        ):
+            context = replace(
+                assemble(loaded, distributed, events, cache=directory.cache_dir), recorded=recorded
+            )
+            trainer = make_trainer(context)
+            if recorded is not None:
+                recorded.require_steps(trainer.total_steps)
+            start = _resume(directory, trainer, context, resume) if exists else 0
+            context.events.write("start", f"training from step {start}", step=start)
+            Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), start).run()
+            _finish(directory, context, trainer, _encoding(loaded))
     except UserInputError:
         if distributed.is_main and not exists:
             _withdraw(directory)
@@ -90,10 +129,28 @@ def train(recipe: Recipe, *, resume: str = "auto", command: Sequence[str] = ()) 
     return directory
 
 
+def _watch(
+    directory: RunDirectory, recipe: Recipe, distributed: Distributed, events: EventLog
+) -> Watch:
+    return Watch(
+        directory.path,
+        events,
+        rank=distributed.rank,
+        world_size=distributed.world_size,
+        hang_minutes=recipe.limits.hang_minutes,
+    )
+
+
 def _encoding(loaded: Loaded) -> Encoding:
     """How the run's text becomes tokens."""
     prints = loaded.fingerprints
     return Encoding(prints.tokenizer, prints.template, len(loaded.tokenizer))
+
+
+def make_trainer(context: TrainingContext) -> Trainer:
+    """The trainer of the recipe's method."""
+    trainer: Trainer = registry.get("trainer", algorithm_type(context.recipe))(context)
+    return trainer
 
 
 def algorithm_type(recipe: Recipe) -> str:
@@ -133,6 +190,7 @@ def _open_directory(
     loaded: Loaded,
     distributed: Distributed,
     exists: bool,
+    recorded: RecordedRollouts | None,
 ) -> RunDirectory:
     """Rank 0 creates or takes up the folder; the others use it."""
     path = Path(recipe.run.dir) / recipe.run.name
@@ -141,15 +199,18 @@ def _open_directory(
             recipe=recipe_yaml,
             command=command,
             seed=recipe.run.seed,
-            inputs=parents,
+            inputs=[*parents, *(recorded.as_inputs() if recorded else ())],
             model_hash=loaded.fingerprints.model,
             tokenizer_hash=loaded.fingerprints.tokenizer,
             template_hash=loaded.fingerprints.template,
             data_hash=loaded.fingerprints.data,
         )
+        if recorded is not None:
+            info[MARK] = str(recorded.run.path)
         RunDirectory.create(
             recipe.run.dir, recipe.run.name, recipe_yaml=recipe_yaml, info=info, resume=exists
         )
+        clear_heartbeats(path)
     distributed.barrier()
     return RunDirectory.open(path)
 
@@ -158,10 +219,15 @@ def _resume(
     directory: RunDirectory, trainer: Trainer, context: TrainingContext, resume: str
 ) -> int:
     """Restore the newest valid checkpoint (or the named one), and drop what came after it."""
-    path = latest_checkpoint(directory.checkpoints_dir) if resume == "auto" else Path(resume)
+    path: Path | None = Path(resume)
+    if resume == "auto":
+        path = latest_checkpoint(
+            directory.checkpoints_dir, warn=partial(context.events.write, "warning")
+        )
     step = 0
     if path is not None:
         step = restore_state(trainer, context, load_checkpoint(path))
+    context.distributed.barrier()  # from here on, no rank reads what rank 0 removes
     if context.distributed.is_main:
         rewind(directory, step if path else -1)  # step 0 is the evaluation at the start
         source = path.name if path else "the start: no checkpoint was saved"
@@ -181,10 +247,12 @@ def _finish(
     directory: RunDirectory, context: TrainingContext, trainer: Trainer, encoding: Encoding
 ) -> None:
     """Save the model, check expectations, write the report."""
-    if not context.distributed.is_main:
+    is_main, trains = context.distributed.is_main, needs_of(context.recipe.algorithm).trains
+    model = context.trained.model.whole_model(keep=is_main) if trains else None
+    if not is_main:
         return
-    if needs_of(context.recipe.algorithm).trains:
-        _save_model(directory, context, trainer)
+    if trains:
+        _save_model(directory, context, trainer, model)
         made = "the model"
     else:
         made = f"{MadeData(directory.made_dir).join(directory.data)} rows in {directory.data.name}"
@@ -195,16 +263,22 @@ def _finish(
     check_expectations(directory)
 
 
-def _save_model(directory: RunDirectory, context: TrainingContext, trainer: Trainer) -> None:
-    """The weights, and what a trainer with a method `extra_files(folder)` puts beside them."""
-    model = context.trained.model
+@doing("saving the model")
+def _save_model(
+    directory: RunDirectory, context: TrainingContext, trainer: Trainer, model: Any
+) -> None:
+    """The weights, and what a trainer with a method `extra_files(folder)` puts beside them.
+
+    Args:
+        model: with all its weights.
+    """
     extra_files = getattr(trainer, "extra_files", None)
     with readable_errors("save the model to", directory.model_dir):
         try:
             if isinstance(model, ScalarModel):
                 save_scalar_model(model, context.tokenizer, directory.model_dir)
             else:
-                save_policy(model.model, context.tokenizer, directory.model_dir)
+                save_policy(model, context.tokenizer, directory.model_dir)
             if callable(extra_files):
                 extra_files(directory.model_dir)
         except SafetensorError as error:  # how safetensors says that the disk is full

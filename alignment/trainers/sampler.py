@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from alignment.rollout.collect import collect
+from alignment.rollout.collect import Complete, Grade, collect, graded
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.experience import minibatch_slices
 from alignment.trainers.monitor import RolloutMonitor
 from alignment.trainers.sampling import sampling_params
-from alignment.types import Prompt, RewardedCompletion, Rollout, SamplingParams, UserInputError
+from alignment.types import (
+    Completion,
+    Prompt,
+    RewardedCompletion,
+    Rollout,
+    SamplingParams,
+    UserInputError,
+)
 
 
 class Sampler:
@@ -29,13 +36,13 @@ class Sampler:
     def __init__(
         self, context: TrainingContext, *, group_size: int, monitor: RolloutMonitor
     ) -> None:
-        if context.rewards is None:
+        if context.rewards is None and context.recorded is None:
             raise UserInputError("rewards: the method learns from rewards; list at least one")
         if not context.train.prompts:
             raise UserInputError("data: there is no prompt to sample from")
         assert context.recipe.rollout is not None  # a recipe whose method samples has one
         self._context = context
-        self._grade = context.rewards.grade
+        self._complete = completer(context, context.rewards.grade if context.rewards else None)
         self._config = context.recipe.rollout
         self._group_size = group_size
         self._monitor = monitor
@@ -55,10 +62,10 @@ class Sampler:
         Args:
             policy_version: updates behind the weights, which the engine is told of first.
         """
-        self._context.engine.weights_updated(policy_version)
+        if self._context.recorded is None:
+            self._context.engine.weights_updated(policy_version)
         collected = collect(
-            self._context.engine,
-            self._grade,
+            self._complete,
             self._draw,
             n_prompts,
             self.params(step),
@@ -85,3 +92,27 @@ class Sampler:
         context = self._context
         mine = context.distributed.deal(context.order.take(n_prompts))
         return [replace(context.train.prompts[row], index=index) for index, row in mine]
+
+
+def completer(context: TrainingContext, grade: Grade | None) -> Complete:
+    """What gives a method its graded completions: the recorded ones, where the run has such; else
+    the engine and `grade`, which then cannot be None."""
+    if context.recorded is not None:
+        return context.recorded
+    assert grade is not None
+
+    def complete(prompts: Sequence[Prompt], params: SamplingParams) -> list[RewardedCompletion]:
+        return graded(grade, prompts, generate(context, prompts, params), params.n)
+
+    return complete
+
+
+def generate(
+    context: TrainingContext, prompts: Sequence[Prompt], params: SamplingParams
+) -> list[Completion]:
+    """Completions of the policy as it is. Whatever a method trains on is sampled here.
+
+    Sharded weights are whole for that long, on each rank, which then samples at its own pace.
+    """
+    with context.policy.gathered():
+        return context.engine.generate(prompts, params) if prompts else []

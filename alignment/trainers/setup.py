@@ -18,7 +18,10 @@ from alignment.config.options import resolve, validate_options
 from alignment.config.schema import DataConfig, Recipe, RolloutConfig
 from alignment.data.chat import stop_token_ids
 from alignment.data.order import DataOrder, split_held_out
+from alignment.data.places import WHOLE_SOURCE, PlacedRows, Places
+from alignment.data.sources import file, line_numbers
 from alignment.distributed import Distributed
+from alignment.modeling.attention import recomputed_alike
 from alignment.modeling.heads import ScalarHead, ScalarModel
 from alignment.modeling.load import (
     DTYPES,
@@ -29,7 +32,7 @@ from alignment.modeling.load import (
     template_hash,
     tokenizer_hash,
 )
-from alignment.modeling.optimizer import AdamWOptions, MasterWeightOptimizer
+from alignment.modeling.optimizer import AdamWOptions, MasterWeightOptimizer, SumCounts
 from alignment.modeling.policy import PolicyWithReference, disable_dropout
 from alignment.modeling.reference import make_reference, trainable
 from alignment.modeling.scalar import load_scalar_model
@@ -97,7 +100,7 @@ def load_parts(recipe: Recipe) -> Loaded:
         model=model_hash(model),
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
-        data=data_hash([*train_rows, *held_out_rows]),
+        data=data_hash([*train_rows.rows, *held_out_rows.rows]),
     )
     return Loaded(
         recipe=recipe,
@@ -127,7 +130,13 @@ def assemble(
         for_training: without it there is no optimizer, and none of its memory.
     """
     recipe = loaded.recipe
-    model = loaded.model.to(distributed.device)
+    trains = for_training and needs_of(recipe.algorithm).trains
+    # What is sharded goes to the device layer by layer, and each rank keeps its part.
+    shards = trains and distributed.shards_weights
+    model, critic = loaded.model, loaded.critic
+    if not shards:
+        model.to(distributed.device)
+        critic = None if critic is None else critic.to(distributed.device)
     trained: PolicyWithReference | ScalarModel = (
         model if isinstance(model, ScalarModel) else make_policy(recipe, model)
     )
@@ -136,16 +145,21 @@ def assemble(
     if trained.backbone.plain_reason is not None:
         reason = trained.backbone.plain_reason
         events.write("warning", f"padded rows without shared prompts are used: {reason}")
-    trains = for_training and needs_of(recipe.algorithm).trains
-    critic = None if loaded.critic is None else loaded.critic.to(distributed.device)
+    if shards:
+        trained.shard(distributed.shard)
+        if critic is not None:
+            critic.shard(distributed.shard)
+    sum_counts = distributed.sum if shards else None
     prints = loaded.fingerprints
     return TrainingContext(
         recipe=recipe,
         distributed=distributed,
         events=events,
         tokenizer=loaded.tokenizer,
-        trained=Trained(trained, make_optimizer(recipe, trained) if trains else None),
-        critic=None if critic is None else Trained(critic, make_optimizer(recipe, critic)),
+        trained=Trained(trained, make_optimizer(recipe, trained, sum_counts) if trains else None),
+        critic=None
+        if critic is None
+        else Trained(critic, make_optimizer(recipe, critic, sum_counts)),
         sampler=None
         if isinstance(model, ScalarModel)
         else make_engine(recipe.rollout, model, loaded.tokenizer),
@@ -162,14 +176,22 @@ def assemble(
     )
 
 
-def load_rows(
-    config: DataConfig,
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def load_rows(config: DataConfig) -> tuple[PlacedRows, PlacedRows]:
     """(training rows, held-out rows) of a recipe's source."""
     source = resolve("source", config.type)
     options = validate_options(source, config.options, where="data")
-    train, held_out = split_held_out(source(**options), config.held_out, seed=_SPLIT_SEED)
-    return train[: config.limit], held_out
+    everything = PlacedRows(source(**options), _places(source, options))
+    train, held_out = split_held_out(everything.rows, config.held_out, seed=_SPLIT_SEED)
+    return everything.select(train[: config.limit]), everything.select(held_out)
+
+
+def _places(source: Any, options: Mapping[str, Any]) -> Places:
+    """By line, in a local file of one row a line."""
+    if source is not file:
+        return WHOLE_SOURCE
+    options = {key: value for key, value in options.items() if key != "columns"}
+    lines = line_numbers(**options)
+    return Places(lines, options["path"]) if lines is not None else WHOLE_SOURCE
 
 
 def make_rewards(recipe: Recipe) -> CompositeReward | None:
@@ -211,7 +233,9 @@ def load_model(recipe: Recipe) -> Any:
         disable_dropout(model)
     if config.gradient_checkpointing:
         decoder: Any = model.decoder if isinstance(model, ScalarModel) else model
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": recomputed_alike(decoder.config)}
+        )
     return model
 
 
@@ -237,15 +261,20 @@ def load_critic(recipe: Recipe) -> ScalarModel | None:
 
 
 def make_optimizer(
-    recipe: Recipe, trained: PolicyWithReference | ScalarModel
+    recipe: Recipe, trained: PolicyWithReference | ScalarModel, sum_counts: SumCounts | None
 ) -> MasterWeightOptimizer:
-    """AdamW on all that the model trains, its head included."""
+    """AdamW on all that the model trains, its head included.
+
+    Args:
+        sum_counts: over ranks, where weights are sharded.
+    """
     optim = recipe.optim
     assert optim.lr is not None  # a recipe whose method trains has one
     return MasterWeightOptimizer(
         trainable(trained),
         AdamWOptions(optim.lr, optim.betas, optim.eps, optim.weight_decay),
         master_dtype=DTYPES.get(recipe.model.master_dtype),
+        sum_counts=sum_counts,
     )
 
 

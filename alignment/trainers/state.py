@@ -9,30 +9,39 @@ import torch
 
 from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.reference import Reference, trainable
+from alignment.modeling.shards import assign_, gathered_tree
+from alignment.runs.state_tree import first_difference
 from alignment.trainers.context import Trained, Trainer, TrainingContext
 from alignment.types import AlignmentError
 
 
 def training_state(trainer: Trainer, context: TrainingContext, step: int) -> dict[str, Any]:
-    """Everything a resumed run needs, as one tree."""
+    """Everything a resumed run needs, as one tree; every rank calls this.
+
+    It does not depend on how weights lie over ranks. Where they are in parts, rank 0 alone has them
+    whole in it, on the CPU.
+    """
     reference = _reference(context)
-    return {
+    state = {
         "step": step,
         **{name: _trained_state(trained) for name, trained in _all_trained(context).items()},
         "reference": reference.state_dict() if reference else {},
         "trainer": trainer.state_dict(),
     }
+    gathered: dict[str, Any] = gathered_tree(state, keep=context.distributed.is_main)
+    return gathered
 
 
 @torch.no_grad()
 def restore_state(trainer: Trainer, context: TrainingContext, state: Mapping[str, Any]) -> int:
-    """Put a saved state back, strictly.
+    """Put a saved state back, strictly: taken once more, it is the one that was saved.
 
     Returns:
         the step it was saved after.
 
     Raises:
-        AlignmentError: the checkpoint is of other parameters.
+        AlignmentError: the checkpoint is of other parameters, or holds something else than this
+            run would save.
     """
     expected = {"step", "reference", "trainer", *_all_trained(context)}
     if set(state) != expected:
@@ -44,6 +53,14 @@ def restore_state(trainer: Trainer, context: TrainingContext, state: Mapping[str
         reference.load_state_dict(state["reference"])
     trainer.load_state_dict(state["trainer"])
     step: int = state["step"]
+    again, distributed = training_state(trainer, context, step), context.distributed
+    difference = first_difference(dict(state), again) if distributed.is_main else None
+    difference = distributed.broadcast(difference)
+    if difference is not None:
+        raise AlignmentError(
+            f"the checkpoint of step {step} cannot be restored exactly: {difference} differs from "
+            "what this run would save; resume with the version of the toolkit that wrote it"
+        )
     return step
 
 
@@ -72,5 +89,5 @@ def _restore_trained(name: str, trained: Trained, state: Mapping[str, Any]) -> N
         differing = sorted(set(state["weights"]) ^ set(parameters))[:3]
         raise AlignmentError(f"the checkpoint is of another {name}: {differing} differ")
     for key, parameter in parameters.items():
-        parameter.copy_(state["weights"][key])
+        assign_(parameter, state["weights"][key])
     trained.optimizer.load_state_dict(state["optimizer"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,13 @@ from alignment.config.schema import Recipe
 from alignment.data.chat import check_stop_token_trained, stop_token_ids
 from alignment.data.labelled import build_labelled
 from alignment.data.pairs import build_pairs
+from alignment.data.places import PlacedRows
 from alignment.data.prompts import build_prompts
 from alignment.data.report import DataReport, check_dropped
 from alignment.data.samples import build_samples
 from alignment.data.steps import build_steps
 from alignment.trainers.context import TokenizedData
 from alignment.types import UserInputError
-
-Rows = Sequence[Mapping[str, Any]]
 
 _BUILDERS: Mapping[DataForm, Callable[..., tuple[Any, DataReport]]] = {
     "prompts": build_prompts,
@@ -44,7 +43,7 @@ class TokenizedForms:
     context_length: int | None
     generation_config: Any
 
-    def training(self, rows: Rows, warnings: list[str]) -> TokenizedData:
+    def training(self, data: PlacedRows, warnings: list[str]) -> TokenizedData:
         """The rows in the form that the method needs; what is dropped is a warning.
 
         Raises:
@@ -55,13 +54,13 @@ class TokenizedForms:
         if form == "samples" and self.recipe.data.style != "plain":
             stop_ids = stop_token_ids(self.tokenizer, self.generation_config)
             check_stop_token_trained(self.tokenizer, stop_ids)
-        built, report = _BUILDERS[form](rows, self.tokenizer, **self._options(form))
+        built, report = self._build(form, data)
         if report.n_dropped or report.truncated:
             warnings.append(f"training data: {report.summary()}")
         check_dropped(report, self.recipe.limits.dropped_rows, "training data")
         return TokenizedData(**{form: built})
 
-    def held_out(self, rows: Rows) -> TokenizedData:
+    def held_out(self, data: PlacedRows) -> TokenizedData:
         """The rows in every form that they have the columns for.
 
         The method's own form must be among them; the others serve evaluation alone, so that any
@@ -69,15 +68,19 @@ class TokenizedForms:
         """
         own = needs_of(self.recipe.algorithm).data
         forms: dict[str, Any] = {}
-        for form, build in _BUILDERS.items():
-            if not rows:
+        for form in _BUILDERS:
+            if not data.rows:
                 break
             try:
-                forms[form], _ = build(rows, self.tokenizer, **self._options(form))
+                forms[form], _ = self._build(form, data)
             except UserInputError:
                 if form == own:
                     raise
         return TokenizedData(**forms)
+
+    def _build(self, form: DataForm, data: PlacedRows) -> tuple[Any, DataReport]:
+        options = self._options(form)
+        return _BUILDERS[form](data.rows, self.tokenizer, places=data.places, **options)
 
     def _options(self, form: DataForm) -> dict[str, Any]:
         data = self.recipe.data

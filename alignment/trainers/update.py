@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment.activity import doing
 from alignment.losses.types import Max, Mean, Metric
+from alignment.modeling.memory import OutOfMemory, memory_for, release_memory
 from alignment.modeling.optimizer import learning_rate
 from alignment.modeling.policy import updating
+from alignment.modeling.scorer import Scores, Values
+from alignment.modeling.shards import lockstep, rows_of, zero_loss
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import Trained, TrainingContext
 from alignment.types import AlignmentError, Sample
@@ -60,6 +64,7 @@ class Updater:
         self._nonfinite_in_a_row = 0
         self.policy_version = 0
 
+    @doing("update")
     def __call__(
         self,
         step: int,
@@ -78,10 +83,13 @@ class Updater:
         A non-finite loss or gradient anywhere, on any rank, skips the update on all of them; a
         gradient that reached the optimizer would spread to every weight through clipping.
 
+        Where memory does not hold a micro-batch, the accumulation starts over in smaller ones.
+
         Raises:
-            AlignmentError: too many skipped updates in a row.
+            AlignmentError: too many skipped updates in a row, or memory does not hold the smallest
+                micro-batch.
         """
-        local_loss = self._accumulate(samples, loss_of, metrics, score_options, together)
+        local_loss = self._gradient(samples, loss_of, metrics, score_options, together)
         self._distributed.sum_gradients(self._optimizer.gradients)
         norm = self._optimizer.clip_(self._optim.max_grad_norm)
         (loss_sum,) = self._distributed.sum([local_loss])
@@ -90,7 +98,7 @@ class Updater:
         else:
             self._skip(step, norm, loss_sum, metrics)
 
-    def _accumulate(
+    def _gradient(
         self,
         samples: Sequence[Sample],
         loss_of: LossOf,
@@ -98,22 +106,60 @@ class Updater:
         score_options: Callable[[list[Sample]], dict[str, object]],
         together: int,
     ) -> float:
-        """Add the gradient of this rank's samples, micro-batch by micro-batch; returns its loss."""
-        local_loss = 0.0
+        """`_accumulate`, over again in smaller micro-batches where memory does not hold one.
+
+        Nothing in an accumulation waits for other ranks, so that a rank may do that alone; except
+        where weights are sharded.
+        """
         (n_samples,) = self._distributed.sum([len(samples)])
         budget = self._optim.micro_batch_tokens
+        measured = metrics.copy()
+        while True:
+            try:
+                return self._accumulate(
+                    samples, n_samples, loss_of, metrics, score_options, together
+                )
+            except OutOfMemory as error:
+                if self._model.shards.lockstep:  # the other ranks wait in the pass that failed
+                    raise
+                self._model.cap.lower(budget, error, together=together)
+            self._optimizer.drop_gradients()
+            metrics.restore(measured)
+            release_memory()
+
+    def _accumulate(
+        self,
+        samples: Sequence[Sample],
+        n_samples: float,
+        loss_of: LossOf,
+        metrics: MetricSums,
+        score_options: Callable[[list[Sample]], dict[str, object]],
+        together: int,
+    ) -> float:
+        """Add the gradient of this rank's samples, micro-batch by micro-batch; returns its loss."""
+        local_loss = 0.0
+        budget = self._model.cap(self._optim.micro_batch_tokens)
+        shards = self._model.shards
+        plan = self._model.plan(samples, budget, together=together)
         with updating(self._model):
-            for batch in self._model.plan(samples, budget, together=together):
-                rows = [samples[i] for i in batch]
-                scores = self._model(rows, **score_options(rows))
-                loss = loss_of(scores, batch)
-                if scores.aux_loss is not None:
-                    loss = loss + self._router_aux_coef * scores.aux_loss * len(rows) / n_samples
-                    aux_loss = float(scores.aux_loss.detach())
-                    metrics.add("router_loss", aux_loss * len(rows), len(rows))
-                local_loss += float(loss.detach())
-                if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
+            for batch in lockstep(shards, plan):
+                rows = rows_of(samples, batch)
+                with memory_for(rows):
+                    scores = self._model(rows, **score_options(rows))
+                    if not batch:  # other ranks have more of them
+                        _reach_all(scores).backward()  # type: ignore[no-untyped-call]
+                        continue
+                    loss = loss_of(scores, batch)
+                    if scores.aux_loss is not None:
+                        share = len(rows) / n_samples
+                        loss = loss + self._router_aux_coef * scores.aux_loss * share
+                        aux_loss = float(scores.aux_loss.detach())
+                        metrics.add("router_loss", aux_loss * len(rows), len(rows))
+                    local_loss += float(loss.detach())
+                    if shards.lockstep:
+                        loss = loss + _reach_all(scores)
+                    if loss.requires_grad:
+                        loss.backward()  # type: ignore[no-untyped-call]
         return local_loss
 
     def _step(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
@@ -164,12 +210,22 @@ class Updater:
         self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
 
 
+def _reach_all(scores: Scores | Values) -> Tensor:
+    """0, with gradients of 0 for all that a model has computed."""
+    if isinstance(scores, Values):
+        return zero_loss(scores.values, scores.aux_loss)
+    return zero_loss(
+        scores.logprobs, scores.entropies, scores.full_kl, scores.values, scores.aux_loss
+    )
+
+
 @contextmanager
 def timed(metrics: MetricSums, phase: str) -> Iterator[None]:
-    """Add the seconds spent inside to `time/PHASE_seconds`."""
+    """Add the seconds spent inside to `time/PHASE_seconds`, and note the phase."""
     began = time.monotonic()
     try:
-        yield
+        with doing(phase):
+            yield
     finally:
         name = f"time/{phase}_seconds"
         total, _ = metrics.means.get(name, (0.0, 1.0))

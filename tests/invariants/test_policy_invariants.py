@@ -254,3 +254,16 @@ def test_learning_rate_schedules_by_hand() -> None:
     assert at(2, "linear") == 1.0 and at(4, "linear") == pytest.approx(0.5)
     assert at(4, "cosine") == pytest.approx(0.5)
     assert at(6, "cosine", min_ratio=0.1) == pytest.approx(0.1)
+
+
+def test_i17_exact_kl_reads_the_reference_with_its_own_head() -> None:
+    """A synced reference shares the policy's modules, whose head has moved on by then."""
+    found = []
+    for mode in ("frozen_copy", "synced"):
+        model = tiny_model(tie_word_embeddings=False)
+        policy = PolicyWithReference(model, make_reference(model, mode, every=9))
+        with torch.no_grad():
+            model.lm_head.weight[::2] *= 1.5
+            found.append(policy(samples(), reference=policy.reference_states(samples())).full_kl)
+    assert float(found[0].abs().max()) > 0.1
+    assert torch.equal(found[0], found[1])

@@ -305,15 +305,25 @@ def test_i01_dpo_loss_and_gradient_for_every_micro_batch_split(
     assert metrics["dpo/log_ratio/chosen"] == pytest.approx(chosen.sum().item() / tokens, abs=1e-5)
 
 
+def _kto_term(kind: str, log_ratio: Tensor, point: float, desirable: bool) -> Tensor:
+    """One sample's loss at beta 0.2, undesirable ones weighing 2.5."""
+    signed = (0.2 * log_ratio - point) if kind == "bco" else 0.2 * (log_ratio - point)
+    signed = signed if desirable else -signed
+    loss = -torch.log(torch.sigmoid(signed)) if kind == "bco" else 1 - torch.sigmoid(signed)
+    return loss if desirable else 2.5 * loss
+
+
+@pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired", "bco"])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_i01_kto_loss_and_gradient_for_every_micro_batch_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, kind: str
 ) -> None:
     labelled = made_up_labelled(7)
     context = parts_of(
         "kto",
         tmp_path,
-        "algorithm={type: kto, steps: 1, samples_per_step: 7, beta: 0.2, undesirable_weight: 2.5}",
+        "algorithm={type: kto, steps: 1, samples_per_step: 7}",
+        f"algorithm.loss={{kind: {kind}, beta: 0.2, undesirable_weight: 2.5}}",
         f"optim.micro_batch_tokens={budget}",
         "optim.max_grad_norm=1e9",
     )
@@ -321,6 +331,7 @@ def test_i01_kto_loss_and_gradient_for_every_micro_batch_split(
     context = replace(context, train=replace(context.train, labelled=labelled), order=order)
     reference = PlainModel(weights_in(context))
     trainer = KTOTrainer(context)
+    trainer.bco_shift = 0.3 if kind == "bco" else 0.0
     drift(context)
     policy = PlainModel(weights_in(context))
     gradients = catch_gradients(monkeypatch)
@@ -338,19 +349,22 @@ def test_i01_kto_loss_and_gradient_for_every_micro_batch_split(
         replace(sample, prompt_ids=samples[partner].prompt_ids)
         for sample, partner in zip(samples, partners, strict=True)
     ]
-    limit = trainer.max_tokens
-    kl = sum(ratio(s).item() for s in _cut(moved, limit)) / 7
-    assert metrics["kto/kl"] == pytest.approx(max(kl, 0.0), abs=1e-4)
-    kl = max(kl, 0.0)
-    terms = [
-        torch.sigmoid(0.2 * (kl - ratio(one.sample)))
-        if one.desirable
-        else 2.5 * torch.sigmoid(0.2 * (ratio(one.sample) - kl))
-        for one in labelled
-    ]
+    kl = sum(ratio(s).item() for s in _cut(moved, trainer.max_tokens)) / 7
+    point = {"kto": max(kl, 0.0), "apo_zero_unpaired": 0.0, "bco": 0.3}[kind]
+    assert metrics.get("kto/kl", 0.3) == pytest.approx(point, abs=1e-4)
+    ratios = [ratio(sample) for sample in samples]
+    wanted = [one.desirable for one in labelled]
+    terms = [_kto_term(kind, r, point, good) for r, good in zip(ratios, wanted, strict=True)]
     expected = torch.stack(terms).mean()
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradient(gradients[0], policy.gradients_of(expected))
+    # bco's point moves by the middle between the classes, whatever their sizes.
+    good, bad = (
+        [r.item() for r, w in zip(ratios, wanted, strict=True) if w is x] for x in (True, False)
+    )
+    middle = 0.2 * (sum(good) / len(good) + sum(bad) / len(bad)) / 2
+    moved_to = 0.9 * 0.3 + 0.1 * middle if kind == "bco" else 0.0
+    assert trainer.bco_shift == pytest.approx(moved_to, abs=1e-6)
 
 
 def _cut(samples: Sequence[Sample], limit: int) -> list[Sample]:

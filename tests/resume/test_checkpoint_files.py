@@ -28,12 +28,16 @@ from alignment.runs.checkpoint import (
 from alignment.runs.directory import RunDirectory
 from alignment.runs.metrics import MetricsWriter, read_metrics
 from alignment.runs.rewind import rewind
+from alignment.runs.snapshot import take_snapshot
 from alignment.types import AlignmentError, UserInputError
 
 
 def state_of(value=1):
     return {
-        "weights": {"w": torch.full((2, 3), float(value)), "b": torch.ones(3).bfloat16()},
+        "weights": {
+            "w": torch.full((2, 3), float(value)),
+            "b": torch.full((3,), float(value)).bfloat16(),
+        },
         "step": value,
         "lr": 0.1 + 0.2,
         "blob": b"\x00\xff",
@@ -112,14 +116,20 @@ def test_a_state_without_tensors_works(tmp_path):
     assert load_checkpoint(save_checkpoint(tmp_path, 0, {"a": 1}, keep=1)) == {"a": 1}
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "state.json", "tensors-00001.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "state.json", "tensors-00001.safetensors", "tensors-00002.safetensors"],
+)
 class TestDamage:
     """Each file of a checkpoint, each kind of damage: found, named, and passed over."""
 
     @pytest.fixture
-    def pair(self, tmp_path):
+    def pair(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", 24)  # the size of `w`: two files of tensors
         save_checkpoint(tmp_path, 1, state_of(1), keep=2)
-        return tmp_path, save_checkpoint(tmp_path, 2, state_of(2), keep=2)
+        path = save_checkpoint(tmp_path, 2, state_of(2), keep=2)
+        assert len(names(path)) == 4
+        return tmp_path, path
 
     def check(self, pair, name, caplog):
         directory, path = pair
@@ -261,6 +271,26 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     with pytest.raises(AlignmentError, match=r"4\.0 MiB does not fit.*3\.0 MiB are free"):
         save_checkpoint(tmp_path, 2, {"w": torch.zeros(2**20)}, keep=1)
     assert names(tmp_path) == ["step-000001"]
+
+
+def test_the_room_of_a_checkpoint_that_is_replaced_is_not_free(tmp_path, monkeypatch):
+    """The earlier one of the step stays until the new one is whole."""
+    state = {"w": torch.zeros(2**20)}
+    path = save_checkpoint(tmp_path, 1, state, keep=1)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * 2**20))
+    with pytest.raises(AlignmentError, match="does not fit"):
+        save_checkpoint(tmp_path, 1, state, keep=1)
+    assert not damaged(path)
+
+
+def test_room_is_asked_for_headers_and_names_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 4000)
+    tensors = {f"a.rather.long.name.of.layer.{n}": torch.zeros(n % 7, 3) for n in range(500)}
+    path = save_checkpoint(tmp_path, 1, tensors, keep=1)
+    written = sum(file.stat().st_size for file in path.iterdir())
+    asked = take_snapshot(tensors).n_bytes
+    assert written - (path / "manifest.json").stat().st_size <= asked <= 3 * written
 
 
 def test_a_disk_that_fills_up_on_the_way_is_a_readable_error(tmp_path, monkeypatch):
@@ -441,6 +471,7 @@ def test_rewind_takes_the_whole_run_back(tmp_path):
     run.rollouts_dir.mkdir()
     for step in (2, 3):
         (run.rollouts_dir / f"step-00000{step}.parquet").write_text("")
+    (run.checkpoints_dir / ".tmp-0123").mkdir()  # what a killed write leaves
     rewind(run, 2)
     assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2]
     assert names(run.rollouts_dir) == ["step-000002.parquet"]

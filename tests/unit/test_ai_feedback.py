@@ -293,10 +293,10 @@ def test_i45_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = run("ai_feedback", tmp_path / "whole", *settings)
     original = Loop._save
 
-    def failing(self: Loop, step: int) -> None:
+    def failing(self: Loop, step: int, *arguments: Any) -> None:
         if step == 3:
             raise KeyboardInterrupt
-        original(self, step)
+        original(self, step, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_save", failing)

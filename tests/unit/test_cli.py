@@ -83,7 +83,11 @@ def test_train_runs_a_recipe(calls: Callable[..., list[Any]], monkeypatch: Any) 
     ((recipe,), keywords) = made[0]
     assert isinstance(recipe, Recipe)
     assert (recipe.optim.lr, recipe.run.seed) == (1e-5, 4)
-    assert keywords == {"resume": "auto", "command": ["align", "train", "recipe.yaml"]}
+    assert keywords == {
+        "resume": "auto",
+        "command": ["align", "train", "recipe.yaml"],
+        "rollouts_from": None,
+    }
 
 
 def test_train_runs_a_pipeline(calls: Callable[..., list[Any]]) -> None:

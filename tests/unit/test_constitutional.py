@@ -32,7 +32,7 @@ from alignment.feedback.revision import Revision, RevisionStep
 from alignment.modeling.tiny import byte_tokenizer
 from alignment.runs.checkpoint import list_checkpoints
 from alignment.runs.directory import RunDirectory
-from alignment.trainers.constitutional import ConstitutionalMaker, why_left_out
+from alignment.trainers.constitutional import ConstitutionalMaker, why_left_out, why_unfit
 from alignment.trainers.feedback import CACHE_FILE
 from alignment.trainers.loop import Loop
 from alignment.types import (
@@ -117,6 +117,28 @@ def test_failures_are_counted_by_class(tmp_path: Path) -> None:
     assert record["made/usable"] == record["made/rows"] / 16
 
 
+def test_answers_that_can_give_no_row_are_not_asked_about(tmp_path: Path) -> None:
+    with serving(answering(by_first_factor)) as server:
+        made = run(
+            "constitutional",
+            tmp_path,
+            "algorithm.prompts_per_step=16",
+            "algorithm.steps=1",
+            "algorithm.keep_cut_off=false",
+            endpoint(server.url),
+            ANY_FAILURE,
+        )
+        shown = {body["messages"][1]["content"] for body in server.bodies}
+    (answers,) = rollouts_of(made)
+    whole = [one for one in answers if one["stop_reason"] == "stop" and one["completion"].strip()]
+    assert 0 < len(whole) < 16
+    assert shown == {one["completion"] for one in whole}
+    (record,) = steps_of(made)
+    refused = sum(one["prompt"].split("What is ")[1][0] == "2" for one in whole)
+    assert record["judge/failed/refused"] == pytest.approx(refused / len(whole))
+    assert record["made/usable"] == record["made/rows"] / 16
+
+
 def test_the_rows_serve_sft_and_preference_methods(tmp_path: Path) -> None:
     with serving(answering(by_first_factor)) as server:
         made = run("constitutional", tmp_path, endpoint(server.url), ANY_FAILURE)
@@ -161,7 +183,9 @@ def test_why_an_answer_gives_no_row(
         if revised is None
         else Revision(text, (RevisionStep("p", "c", "x"), RevisionStep("p", "c", revised)))
     )
-    assert why_left_out(answer, revision, keep_cut_off=keep_cut_off) == reason
+    unfit = why_unfit(answer, keep_cut_off=keep_cut_off)
+    assert (unfit or why_left_out(revision)) == reason
+    assert bool(unfit) == (reason in ("blank", "cut_off"))
 
 
 def test_an_endpoint_that_is_down_stops_the_run_naming_the_class(tmp_path: Path) -> None:

@@ -54,34 +54,43 @@ def test_another_order_is_refused() -> None:
         DataOrder(0, seed=0)
 
 
+def split(
+    rows: list[dict[str, Any]], k: int, seed: int, **how: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(kept rows, held-out rows)"""
+    kept, held = split_held_out(rows, k, seed, **how)
+    assert sorted(kept + held) == list(range(len(rows)))
+    return [rows[index] for index in kept], [rows[index] for index in held]
+
+
 def test_held_out_rows_share_nothing_with_the_rest() -> None:
     rows: list[dict[str, Any]] = [{"prompt": f"p{i % 20}", "answer": i} for i in range(60)]
-    kept, held = split_held_out(rows, 12, seed=1)
+    kept, held = split(rows, 12, seed=1)
     assert len(held) == 12
     assert len(kept) == 48
     assert not {r["prompt"] for r in kept} & {r["prompt"] for r in held}
     assert [r["answer"] for r in kept] == sorted(r["answer"] for r in kept)
-    again = split_held_out(rows[::-1], 12, seed=1)[1]
+    again = split(rows[::-1], 12, seed=1)[1]
     assert sorted(r["answer"] for r in again) == [r["answer"] for r in held]
-    assert split_held_out(rows, 12, seed=2)[1] != held
+    assert split(rows, 12, seed=2)[1] != held
 
 
 def test_identical_rows_stay_together() -> None:
     rows = [{"text": "a"}, {"text": "b"}, {"text": "a"}, {"text": "c"}]
     for seed in range(8):
-        kept, held = split_held_out(rows, 2, seed, by="row")
+        kept, held = split(rows, 2, seed, by="row")
         assert not {r["text"] for r in kept} & {r["text"] for r in held}
         assert len(held) == 2
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     talks = [{"messages": messages}, {"messages": [messages[0], messages[0]]}]
-    assert len(split_held_out(talks, 1, 0)[1]) == 1
+    assert len(split(talks, 1, 0)[1]) == 1
 
 
 def test_impossible_splits_are_refused() -> None:
     same = [{"prompt": "p", "answer": i} for i in range(4)]
     with pytest.raises(UserInputError, match='split by="row"'):
-        split_held_out(same, 2, 0)
-    assert len(split_held_out(same, 2, 0, by="row")[1]) == 2
-    assert split_held_out(same, 0, 0) == (same, [])
+        split(same, 2, 0)
+    assert len(split(same, 2, 0, by="row")[1]) == 2
+    assert split(same, 0, 0) == (same, [])
     with pytest.raises(UserInputError, match="cannot be held out"):
-        split_held_out(same, 4, 0)
+        split(same, 4, 0)

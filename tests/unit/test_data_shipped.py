@@ -28,7 +28,7 @@ def test_the_requests_are_different_and_of_two_kinds() -> None:
     assert Counter(row["kind"] for row in rows) == {"everyday": 80, "harmful": 40}
     assert len({row["prompt"].lower() for row in rows}) == 120
     _, held_out = split_held_out(rows, 24, seed=0)  # as the recipes hold them out
-    assert 5 <= sum(row["kind"] == "harmful" for row in held_out) <= 12
+    assert 5 <= sum(rows[index]["kind"] == "harmful" for index in held_out) <= 12
 
 
 def test_the_critiques_are_asked_for_as_the_constitution_does() -> None:
@@ -54,6 +54,7 @@ def test_the_critic_is_not_trained_on_the_requests() -> None:
 
 
 def test_all_rows_of_a_request_stay_on_one_side() -> None:
-    kept, held_out = split_held_out(shipped("critiques"), 32, seed=0)
+    rows = shipped("critiques")
+    kept, held_out = split_held_out(rows, 32, seed=0)
     assert len(held_out) == 32
-    assert not {row["split_key"] for row in kept} & {row["split_key"] for row in held_out}
+    assert not {rows[i]["split_key"] for i in kept} & {rows[i]["split_key"] for i in held_out}

@@ -138,10 +138,12 @@ def test_arithmetic_rows_are_right_and_worked() -> None:
 
 
 def test_arithmetic_mirror_images_are_never_split() -> None:
-    kept, held = split_held_out(arithmetic(), 40, seed=0)
+    rows = arithmetic()
+    kept, held = split_held_out(rows, 40, seed=0)
 
-    def unordered(rows: list[dict[str, Any]]) -> set[tuple[int, ...]]:
-        return {tuple(sorted(map(int, row["expression"].split(" + ")))) for row in rows}
+    def unordered(indices: list[int]) -> set[tuple[int, ...]]:
+        expressions = [rows[index]["expression"] for index in indices]
+        return {tuple(sorted(map(int, one.split(" + ")))) for one in expressions}
 
     assert len(held) == 40
     assert not unordered(kept) & unordered(held)

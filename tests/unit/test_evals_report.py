@@ -7,6 +7,7 @@ import math
 import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from alignment import registry
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.runs.metrics import MetricsWriter
-from alignment.runs.samples import SampleRecorder
+from alignment.runs.samples import SampleRecorder, read_rollout
 from alignment.types import (
     Completion,
     Outcome,
@@ -29,7 +30,7 @@ from alignment.types import (
     StopReason,
     UserInputError,
 )
-from evals.browser import choose, printable
+from evals.browser import choose, printable, rollout_groups
 from evals.charts import run_charts
 from evals.compare import compare
 from evals.frontier_charts import frontier_report
@@ -318,6 +319,19 @@ def test_damaged_files_are_listed_and_the_rest_is_shown(tmp_path: Path) -> None:
         assert name in listed, name
     assert "line 2 is not JSON" in listed
     assert "Training step 2" in text
+
+
+def test_what_dynamic_sampling_dropped_is_not_among_the_samples(tmp_path: Path) -> None:
+    path = make_run(tmp_path, steps=4)
+    recorder = SampleRecorder(path / "rollouts")
+    whole = read_rollout(path / "rollouts/step-000004.parquet")
+    half = len(whole.items) // 2
+    recorder.write(replace(whole, items=whole.items[:half], dropped=whole.items[half:]))
+    groups = {group.title: group for group in rollout_groups(read_run(path))}
+    assert groups["Training step 1"].total == len(whole.items)
+    assert groups["Training step 4"].total == half
+    recorder.write(replace(whole, items=(), dropped=whole.items))
+    assert "Training step 4" not in {group.title for group in rollout_groups(read_run(path))}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

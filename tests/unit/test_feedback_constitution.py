@@ -14,7 +14,12 @@ from alignment.feedback.constitution import (
     load_constitution,
     shipped_constitutions,
 )
-from alignment.feedback.revision import Revision, RevisionStep, critique_and_revise
+from alignment.feedback.revision import (
+    Response,
+    Revision,
+    RevisionStep,
+    critique_and_revise,
+)
 from alignment.types import AlignmentError, UserInputError
 
 PRINCIPLE = "{name: kind, critique: 'is it kind?', revision: 'be kind', preference: kinder}"
@@ -138,8 +143,9 @@ def test_a_round_is_a_critique_and_a_revision_of_what_it_was_given(tmp_path: Pat
     constitution = made(f"principles: [{PRINCIPLE}]\nexamples: [{EXAMPLE}]", tmp_path)
     author = Author(counted)
     system = {"role": "system", "content": "S"}
+    response = Response(0, [system, user("q")], "r")
     (revision,) = critique_and_revise(
-        author, constitution, [[system, user("q")]], ["r"], rounds=2, seed=0, max_new_tokens=9
+        author, constitution, [response], rounds=2, seed=0, max_new_tokens=9
     )
     assert revision == Revision(
         "r",
@@ -193,8 +199,7 @@ def test_an_item_that_fails_goes_no_further_and_the_others_do(tmp_path: Path) ->
     found = critique_and_revise(
         author,
         constitution,
-        [[user(question)] for question in questions],
-        ["r"] * len(questions),
+        [Response(number, [user(question)], "r") for number, question in enumerate(questions)],
         rounds=2,
         seed=0,
         max_new_tokens=9,
@@ -215,32 +220,30 @@ def test_an_item_that_fails_goes_no_further_and_the_others_do(tmp_path: Path) ->
 
 def test_items_made_in_two_calls_are_as_if_made_in_one(tmp_path: Path) -> None:
     constitution = made(f"principles: [{PRINCIPLE}, {SECOND}]", tmp_path)
-    conversations, responses = [[user(f"q{i}")] for i in range(20)], [f"r{i}" for i in range(20)]
+    responses = [Response(i, [user(f"q{i}")], f"r{i}") for i in range(20)]
 
-    def revise(start: int, end: int) -> list[Revision]:
+    def revise(start: int, end: int, every: int = 1) -> list[Revision]:
         return critique_and_revise(
             Author(counted),
             constitution,
-            conversations[start:end],
-            responses[start:end],
+            responses[start:end:every],
             rounds=2,
             seed=1,
             max_new_tokens=9,
-            first_item=start,
         )
 
     whole = revise(0, 20)
     assert revise(0, 7) + revise(7, 20) == whole
+    assert revise(0, 20, every=3) == whole[::3]  # whatever is left out
     assert {step.principle for revision in whole for step in revision.steps} == {"kind", "right"}
 
 
-def test_no_rounds_change_nothing_and_counts_must_fit(tmp_path: Path) -> None:
+def test_no_rounds_change_nothing(tmp_path: Path) -> None:
     constitution = made(f"principles: [{PRINCIPLE}]", tmp_path)
     author = Author(counted)
     options = {"seed": 0, "max_new_tokens": 9}
-    (same,) = critique_and_revise(author, constitution, [[user("q")]], ["r"], rounds=0, **options)
+    response = Response(0, [user("q")], "r")
+    (same,) = critique_and_revise(author, constitution, [response], rounds=0, **options)
     assert (same.final, author.calls) == ("r", [])
-    with pytest.raises(UserInputError, match="0 responses to 1 conversations"):
-        critique_and_revise(author, constitution, [[user("q")]], [], rounds=1, **options)
     with pytest.raises(UserInputError, match="-1 rounds"):
-        critique_and_revise(author, constitution, [], [], rounds=-1, **options)
+        critique_and_revise(author, constitution, [], rounds=-1, **options)

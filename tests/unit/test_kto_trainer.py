@@ -10,7 +10,7 @@ import pytest
 from preference_runs import made_up_labelled, parts_of, recipe_of, run
 from tiny_runs import events_of, metrics_of
 
-from alignment.config.methods.kto import KTOConfig
+from alignment.config.methods.kto import UnpairedLossConfig
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.kto import KTOTrainer, balance_warning, mismatched
 from alignment.types import LabelledSample, Sample, UserInputError
@@ -79,6 +79,27 @@ def test_the_classes_part(tmp_path: Path) -> None:
     assert last["kto/logps/desirable"] > first["kto/logps/desirable"]
 
 
+def test_bcos_point_follows_the_rewards_and_is_in_the_checkpoint(tmp_path: Path) -> None:
+    context = parts_of("kto", tmp_path, "algorithm.loss.kind=bco", "optim.lr=1e-2")
+    trainer = KTOTrainer(with_labelled(context, made_up_labelled(12)))
+    trainer.step(1)
+    assert trainer.bco_shift == 0.0  # the policy is its reference still
+    trainer.step(2)
+    assert trainer.bco_shift != 0.0
+    again = KTOTrainer(with_labelled(context, made_up_labelled(12)))
+    again.load_state_dict(trainer.state_dict())
+    assert again.bco_shift == trainer.bco_shift
+
+
+def test_a_step_of_one_class_leaves_bcos_point_where_it_is(tmp_path: Path) -> None:
+    context = parts_of("kto", tmp_path, "algorithm.loss.kind=bco", "optim.lr=1e-2")
+    liked = [replace(one, desirable=True) for one in made_up_labelled(12)]
+    trainer = KTOTrainer(with_labelled(context, liked))
+    for step in (1, 2):
+        trainer.step(step)
+    assert trainer.bco_shift == 0.0
+
+
 # -- the balance of the classes ---------------------------------------------------------------
 
 
@@ -103,16 +124,14 @@ def labels(n_desirable: int, n_undesirable: int) -> list[LabelledSample]:
 def test_weights_outside_the_papers_range_are_warned_of(
     counts: tuple[int, int], weights: tuple[float, float], remedy: str
 ) -> None:
-    config = KTOConfig(
-        type="kto", steps=1, desirable_weight=weights[0], undesirable_weight=weights[1]
-    )
+    config = UnpairedLossConfig(desirable_weight=weights[0], undesirable_weight=weights[1])
     warning = balance_warning(labels(*counts), config)
     assert bool(warning) == bool(remedy)
     assert remedy in warning
 
 
 def test_the_warning_is_an_event(tmp_path: Path) -> None:
-    directory = run("kto", tmp_path, "algorithm.undesirable_weight=3.0")
+    directory = run("kto", tmp_path, "algorithm.loss.undesirable_weight=3.0")
     (event,) = events_of(directory, "warning")
     assert "21 desirable and 21 undesirable samples weigh 21 to 63" in event["message"]
     assert not events_of(run("kto", tmp_path / "even"), "warning")
@@ -128,10 +147,11 @@ def test_the_warning_is_an_event(tmp_path: Path) -> None:
         ("algorithm.epochs=1", "give either steps or epochs; found both"),
         ("algorithm={type: kto}", "give either steps or epochs; found neither"),
         (
-            "algorithm={type: kto, steps: 1, desirable_weight: 0, undesirable_weight: 0}",
+            "algorithm={type: kto, steps: 1, loss: {desirable_weight: 0, undesirable_weight: 0}}",
             "both weights are 0",
         ),
-        ("algorithm.desirable_wieght=2", "did you mean 'desirable_weight'?"),
+        ("algorithm.loss.desirable_wieght=2", "did you mean 'desirable_weight'?"),
+        ("algorithm.loss.bco_decay=0.5", "applies to kind: bco only"),
         ("model.reference=none", "kto compares with a reference"),
     ],
 )

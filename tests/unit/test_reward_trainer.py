@@ -287,10 +287,10 @@ def test_i45_resumed_is_uninterrupted(
     owner, name = (TRAINERS[method], "step") if moment == "in the step" else (Loop, "_save")
     original = getattr(owner, name)
 
-    def failing(self: Any, step: int) -> Any:
+    def failing(self: Any, step: int, *arguments: Any) -> Any:
         if step == 3:
             raise RuntimeError("killed")
-        return original(self, step)
+        return original(self, step, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing)
@@ -330,8 +330,8 @@ def test_a_margin_that_the_data_does_not_have_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("reward_model", ("row 0", "needs 'chosen' and 'rejected'")),
-        ("process_reward_model", ("row 0", "needs 'completions' and 'labels'")),
+        ("reward_model", ("rows.jsonl:1", "needs 'chosen' and 'rejected'")),
+        ("process_reward_model", ("rows.jsonl:1", "needs 'completions' and 'labels'")),
     ],
 )
 def test_data_of_another_form_is_refused(

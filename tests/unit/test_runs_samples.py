@@ -88,6 +88,27 @@ def test_the_columns_are_those_documented(tmp_path, rollout):
     assert types["reward"] == types["advantage"] == "double"
 
 
+def test_what_was_dropped_is_recorded_apart(tmp_path, rollout):
+    """Rows at the end that are not kept, without values in the columns of what was trained on."""
+    dropped = (rewarded(12, 0, reward=0.0), rewarded(12, 1, reward=0.0))
+    rollout = replace(rollout, dropped=dropped)
+    extra = {"kl": [1, 2, 3, 4]}
+    path = SampleRecorder(tmp_path).write(rollout, advantages=[1.0, None, -1.0, 0.0], extra=extra)
+    assert read_rollout(path) == rollout
+    rows = pq.read_table(path).to_pylist()
+    assert [row["kept"] for row in rows] == [True] * 4 + [False] * 2
+    assert [row["group"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert [row["prompt_index"] for row in rows] == [10, 10, 11, 11, 12, 12]
+    assert [row["advantage"] for row in rows] == [1.0, None, -1.0, 0.0, None, None]
+    assert [row["kl"] for row in rows] == [1, 2, 3, 4, None, None]
+
+
+def test_everything_in_a_file_without_the_column_kept_was_kept(tmp_path, rollout):
+    path = SampleRecorder(tmp_path).write(rollout)
+    pq.write_table(pq.read_table(path).drop_columns(["kept"]), path)
+    assert read_rollout(path) == rollout
+
+
 def test_an_empty_rollout_and_an_empty_completion_come_back(tmp_path):
     empty = Rollout((), group_size=4, step=1)
     assert read_rollout(SampleRecorder(tmp_path).write(empty)) == empty

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.runs.state_tree import decode_tree, encode_tree
+from alignment.runs.state_tree import decode_tree, encode_tree, first_difference
 from alignment.types import AlignmentError, Outcome
 
 DTYPES = [
@@ -243,3 +243,39 @@ def test_documents_of_another_version_are_refused():
         decode_tree({"$decimal": "1"}, {})
     with pytest.raises(AlignmentError, match="'weights'"):
         decode_tree({"$tensor": "weights"}, {})
+
+
+@pytest.mark.parametrize("left", [1, 1.0, True, "1", None, 0.0, -0.0, math.nan, [], (), {}, b""])
+def test_leaves_differ_unless_they_are_the_same_in_type_and_bits(left):
+    leaves = [1, 1.0, True, "1", None, 0.0, -0.0, math.nan, [], (), {}, b""]
+    equal = [right for right in leaves if first_difference({"a": left}, {"a": right}) is None]
+    assert [(type(one), repr(one)) for one in equal] == [(type(left), repr(left))]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "place"),
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, "the state's 'a.b': 1 and 2"),
+        ({"a": 1}, {"a": 1, "b": 2}, "the state's 'b', which one of them does not have"),
+        ({"a": {"c": 1}}, {"a": {}}, "the state's 'a.c', which one of them does not have"),
+        ({"a": [1, 2]}, {"a": [1]}, "the length of the state's 'a'"),
+        ({"a": [1, [2]]}, {"a": [1, [3]]}, "the state's 'a.1.0': 2 and 3"),
+        ({"t": torch.zeros(2)}, {"t": torch.tensor([0.0, -0.0])}, "the tensor 't'"),
+        ({"t": torch.zeros(2)}, {"t": torch.zeros(2).bfloat16()}, "the tensor 't'"),
+        ({"t": torch.zeros(2)}, {"t": torch.zeros(1, 2)}, "the tensor 't'"),
+        ({"t": torch.zeros(2)}, {"t": torch.zeros(2, dtype=torch.int32)}, "the tensor 't'"),
+        ({"t": np.zeros(2)}, {"t": np.ones(2)}, "the tensor 't'"),
+    ],
+)
+def test_the_place_of_a_difference_is_named(left, right, place):
+    assert first_difference(left, right) == place
+    assert first_difference(right, left) is not None
+
+
+def test_trees_that_are_the_same():
+    weight = torch.tensor([[1.0, math.nan], [-0.0, math.inf]])
+    left = {"w": weight, "s": torch.tensor(0.5), "n": {"x": [1, (2.0, math.nan)], 3: b"y"}}
+    right = OrderedDict(n={3: b"y", "x": [1, (2.0, math.nan)]}, s=torch.tensor(0.5))
+    right["w"] = torch.nn.Parameter(weight.t().contiguous().t())
+    assert first_difference(left, dict(left)) is None
+    assert first_difference({**left, "n": 1}, {**right, "n": 1}) is None

@@ -62,7 +62,8 @@ def test_a_prompt_longer_than_the_context_is_dropped_and_counted(
     result = trained(method, tmp_path / "runs", data, "eval={tasks: []}")
     assert result.exit_code == 0, result.output
     events = (tmp_path / "runs" / method / "events.jsonl").read_text()
-    assert "2 of 3 rows kept; 1 dropped, the prompt leaves no room for a completion (row 1)" in (
+    place = f"({tmp_path / 'data.jsonl'}:2)"
+    assert f"2 of 3 rows kept; 1 dropped, the prompt leaves no room for a completion {place}" in (
         events
     )
 
@@ -70,7 +71,9 @@ def test_a_prompt_longer_than_the_context_is_dropped_and_counted(
 @pytest.mark.parametrize("method", ["sft", "grpo"])
 def test_prompts_that_are_all_too_long_are_refused(tmp_path: Path, method: str) -> None:
     result = trained(method, tmp_path / "runs", data_file(tmp_path, LONG))
-    assert_refused(result, tmp_path / "runs", "no row can be used", "(row 0)", "Raise the token")
+    assert_refused(
+        result, tmp_path / "runs", "no row can be used", "data.jsonl:1)", "Raise the token"
+    )
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
@@ -88,7 +91,9 @@ def test_a_malformed_line_is_named(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("method", ["sft", "grpo"])
 def test_a_row_without_its_columns_is_named(tmp_path: Path, method: str) -> None:
     result = trained(method, tmp_path / "runs", data_file(tmp_path, GOOD, {"text": "a"}))
-    assert_refused(result, tmp_path / "runs", "row 1", "the columns 'text'", "rename columns")
+    assert_refused(
+        result, tmp_path / "runs", "data.jsonl:2: ", "the columns 'text'", "rename columns"
+    )
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -130,8 +130,10 @@ def test_skipping_keeps_only_groups_with_spread(tmp_path: Path) -> None:
     directory = run("grpo", tmp_path, *FLAT, "algorithm.dynamic_sampling=skip")
     records, rollouts = metrics_of(directory), rollouts_of(directory)
     assert any(record["groups/with_spread"] < 1.0 for record in records)
-    for record, rows in zip(records, rollouts, strict=True):
+    for record, sampled in zip(records, rollouts, strict=True):
+        rows = [row for row in sampled if row["kept"]]
         assert record["rollout/rounds"] == 1
+        assert len(sampled) == 2 * 4
         assert len(rows) == 2 * round(4 * record["groups/with_spread"])
         for first, second in zip(rows[::2], rows[1::2], strict=True):
             assert first["prompt_index"] == second["prompt_index"]
@@ -145,11 +147,15 @@ def test_refilling_draws_until_the_step_is_full(tmp_path: Path) -> None:
     records, rollouts = metrics_of(directory), rollouts_of(directory)
     assert max(record["rollout/rounds"] for record in records) > 1
     drawn: list[int] = []
-    for rows in rollouts:
+    for record, sampled in zip(records, rollouts, strict=True):
+        rows = [row for row in sampled if row["kept"]]
         assert len(rows) == 8
+        assert record["groups/with_spread"] == pytest.approx(8 / len(sampled))
         assert all(a["reward"] != b["reward"] for a, b in zip(rows[::2], rows[1::2], strict=True))
         drawn += [row["prompt_index"] for row in rows[::2]]
     assert drawn == sorted(set(drawn))  # no prompt twice, and in the order of the draws
+    everything = [row["prompt_index"] for rows in rollouts for row in rows[::2]]
+    assert sorted(everything) == list(range(len(everything)))
 
 
 def test_a_step_whose_groups_are_all_skipped_changes_nothing(tmp_path: Path) -> None:

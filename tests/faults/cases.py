@@ -1,0 +1,71 @@
+"""The runs that are killed: one for each method, small, with as much state to lose as it can have.
+
+Data is passed over several times; checkpoints are saved at every step. Half of the runs are in
+bfloat16, half in float32; half evaluate on the way, half do not.
+"""
+
+from __future__ import annotations
+
+STEPS = 24
+
+_COMMON = (
+    f"algorithm.steps={STEPS}",
+    "optim.schedule=cosine",
+    "optim.warmup_steps=3",
+    "checkpoint={every: 1, keep: 2}",
+    "expect=[]",
+)
+_SYNCED = "model.reference={mode: synced, every: 2, mix: 0.5}"
+_DIGITS = "{type: regex, pattern: '[0-9]', mode: search}"
+
+CASES: dict[str, tuple[str, ...]] = {
+    "sft": (
+        "algorithm.samples_per_step=8",
+        "model.dtype=bfloat16",
+        "model.lora={rank: 4, dropout: 0.3}",
+        "eval={every: 3, tasks: [{type: held_out_loss}]}",
+        "checkpoint.keep_best={metric: eval/held_out_loss/loss, mode: min}",
+    ),
+    "reward_model": (
+        "algorithm.pairs_per_step=8",
+        "eval={every: 4, tasks: [{type: preference}]}",
+    ),
+    "ppo": (
+        "algorithm.prompts_per_step=8",
+        "algorithm.kl={coef: 0.1, placement: reward, controller: adaptive, target: 0.05, "
+        "horizon: 50}",
+        "algorithm.normalize_rewards=true",
+        "algorithm.whiten_rewards=true",
+        "algorithm.critic={normalize: true, warmup_steps: 1, lr: 3e-3}",
+        "model.dtype=bfloat16",
+        _SYNCED,
+    ),
+    "dpo": ("model.dtype=bfloat16", _SYNCED),
+    "grpo": (
+        "algorithm.updates_per_step=2",
+        "algorithm.epochs_per_step=2",
+        "algorithm.kl={coef: 0.1, controller: adaptive, target: 0.01, horizon: 50}",
+        _SYNCED,
+        "eval={every: 5, tasks: [{type: verifiable, samples: 1, prompts: 2}]}",
+    ),
+    "rlvr": (
+        "algorithm.prompts_per_step=4",
+        "algorithm.updates_per_step=2",
+        "algorithm.dynamic_sampling=refill",
+        "algorithm.kl={coef: 0.05, placement: reward, estimator: k1, controller: adaptive, "
+        "target: 0.02, horizon: 50}",
+        f"rewards=[{{type: number}}, {_DIGITS}]",
+        "rollout.max_new_tokens=12",
+    ),
+    "preference_sampling": ("algorithm.prompts_per_step=4",),
+}
+"""Method to what is set in its tiny recipe. The last one makes data in place of a model."""
+
+_RECIPES = {"preference_sampling": "tiny/preferences"}
+
+
+def command(method: str, folder: str) -> list[str]:
+    """What stands after `align`, each time the run is started."""
+    recipe = _RECIPES.get(method, f"tiny/{method}")
+    settings = [*_COMMON, *CASES[method], f"run.dir={folder}", f"run.name={method}"]
+    return ["train", recipe, *settings]
