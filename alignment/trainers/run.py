@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from alignment import registry
 from alignment.activity import doing
-from alignment.config.load import dump_recipe
+from alignment.config.load import dump_recipe, load_recipe
 from alignment.config.methods.base import needs_of
 from alignment.config.schema import Recipe
 from alignment.distributed import Distributed
@@ -170,7 +170,7 @@ def check_resumable(path: Path, recipe_yaml: str, resume: str) -> None:
             f"the run {path} exists already and is not overwritten; choose another run.name, go "
             "on with it by --resume auto, or delete it"
         )
-    old = RunDirectory.open(path).recipe.read_text(encoding="utf-8")
+    old = _as_dumped_now(RunDirectory.open(path).recipe)
     if old != recipe_yaml:
         changes = difflib.unified_diff(
             old.splitlines(), recipe_yaml.splitlines(), "the run's", "yours", lineterm="", n=1
@@ -180,6 +180,14 @@ def check_resumable(path: Path, recipe_yaml: str, resume: str) -> None:
             + "\n".join(changes)
             + "\nchoose another run.name, or delete the run"
         )
+
+
+def _as_dumped_now(recipe: Path) -> str:
+    """A run's recipe with what later versions of the toolkit have added at its default."""
+    try:
+        return dump_recipe(load_recipe(recipe))
+    except UserInputError:  # it has keys that are gone: shown as a difference
+        return recipe.read_text(encoding="utf-8")
 
 
 def _open_directory(

@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     sharded_worker.train_all(folders.one)
     resumed = folders.two / "resumed"
     sharded_worker.cut_off(folders.one / "grpo" / "grpo", resumed / "one-to-two", after=1)
-    for done in launched([str(HERE / "sharded_worker.py"), str(folders.two)]):
+    for done in launched([str(HERE / "sharded_worker.py"), str(folders.two)], seconds=300):
         assert done.returncode == 0, done.stdout[-3000:]
     sharded_worker.cut_off(folders.two / "grpo" / "grpo", resumed / "two-to-one", after=1)
     sharded_worker.go_on("grpo", resumed / "two-to-one")

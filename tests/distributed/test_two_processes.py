@@ -22,7 +22,9 @@ SECONDS = 150  # a hang is a failure
 DEALT_OUT = [name for name in CASES if CASES[name][0] == "grpo"]
 
 
-def launched(arguments: list[str], n: int = 2) -> list[subprocess.CompletedProcess[str]]:
+def launched(
+    arguments: list[str], n: int = 2, seconds: float = SECONDS
+) -> list[subprocess.CompletedProcess[str]]:
     """Run a command as ranks 0 to n-1, as a launcher would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -43,7 +45,7 @@ def launched(arguments: list[str], n: int = 2) -> list[subprocess.CompletedProce
     done = []
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=SECONDS)
+            output, _ = process.communicate(timeout=seconds)
             done.append(subprocess.CompletedProcess(process.args, process.returncode, output))
     finally:
         for process in processes:

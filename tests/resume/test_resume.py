@@ -310,6 +310,19 @@ def test_another_recipe_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assert metrics_of(first) == before
 
 
+def test_a_recipe_of_a_version_with_fewer_keys_is_the_same_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run("sft", tmp_path)
+    text = first.recipe.read_text(encoding="utf-8")
+    older = "".join(line for line in text.splitlines(True) if "hang_minutes" not in line)
+    assert older != text
+    first.recipe.write_text(older, encoding="utf-8")
+    capsys.readouterr()
+    run("sft", tmp_path)
+    assert "is finished already" in capsys.readouterr().out
+
+
 def test_resume_never_refuses_a_name_that_exists(tmp_path: Path) -> None:
     run("sft", tmp_path, resume="never")
     with pytest.raises(UserInputError, match="exists already and is not overwritten"):

@@ -16,7 +16,7 @@ import ppo_runs
 import pytest
 import tiny_runs
 import torch
-from faults import run_out
+from fault_runs import run_out
 from tiny_models import tiny_model
 from tiny_runs import events_of, metrics_of, steps_of, weights_of
 from torch import Tensor, nn

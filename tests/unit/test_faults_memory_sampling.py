@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
-from faults import NO_TASKS, run_out
+from fault_runs import NO_TASKS, run_out
 from tiny_models import tiny_model
 from tiny_runs import events_of, metrics_of
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
-from faults import NO_TASKS, SAVED, PluginError, assert_resumes, failing_step, trained
+from fault_runs import NO_TASKS, SAVED, PluginError, assert_resumes, failing_step, trained
 from tiny_runs import events_of, metrics_of
 
 from alignment.cli.common import guarded
