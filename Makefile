@@ -1,6 +1,6 @@
 # make quickstart   set up, then SFT + RL on a real model, and a report
 # make test         set up, then the checks and the tests
-# make faults       set up, then runs of every method that are killed again and again
+# make faults       set up, then runs of eight methods that are killed again and again
 #
 # PYTHON  the interpreter to make the environment with (3.11 to 3.13)
 # VENV    where the environment is

@@ -250,7 +250,8 @@ class Sharded:
         with exchanging():
             result: T = self._root(forward)
         if not torch.is_grad_enabled() and not self._is_constant:
-            self._root.reshard()  # no backward pass will do that
+            for part in self._parts:
+                part.reshard()  # no backward pass will do that
         return result
 
     def _forget_passes(self) -> None:

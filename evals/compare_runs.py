@@ -26,7 +26,8 @@ def compare_runs(
         seed: of the bootstrap and of drawn sign flips.
 
     Raises:
-        UserInputError: not two run folders, no such task in both, or other problems in one of them.
+        UserInputError: not two run folders, no such task in both, an evaluation that cannot be
+            read, or other problems in one of them.
     """
     names = str(first), str(second)
     found = [_last_evals(Path(name)) for name in names]
@@ -52,7 +53,17 @@ def compare_runs(
 
 def _last_evals(run: Path) -> dict[str, EvalSummary]:
     """The last evaluation by each task."""
-    return {one.task: one for one in read_run(run).evals if one.step is not None}
+    data = read_run(run)
+    if data.stages or "stages" in data.recipe:
+        raise UserInputError(f"{run} is a pipeline; name a stage: {run}/stages/NAME")
+    # What cannot be read may be the last evaluation: an earlier one must not stand in for it.
+    damaged = [text for text in data.problems if (run / "evals" / text.split(": ")[0]).is_file()]
+    if damaged:
+        raise UserInputError(
+            f"{run}/evals cannot be read: {'; '.join(damaged)}; restore the file, or remove it to "
+            "compare the evaluations before it"
+        )
+    return {one.task: one for one in data.evals if one.step is not None}
 
 
 def _listing(names: Sequence[str], found: Sequence[Mapping[str, EvalSummary]]) -> str:

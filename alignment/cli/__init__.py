@@ -55,7 +55,10 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Post-training alignment of language models: SFT, GRPO, RLVR and the tools around them."""
+    """Post-training alignment of language models.
+
+    SFT, reward models, PPO, DPO, GRPO and AI feedback on one core, and the tools around them.
+    """
 
 
 _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (

@@ -12,7 +12,10 @@ from alignment.cli.common import lazy
 
 def export(
     run: Annotated[str, typer.Argument(help="A run's folder, or a model.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Where to write it; by default RUN/export.", show_default=False),
+    ] = None,
     merge: Annotated[
         bool,
         typer.Option(

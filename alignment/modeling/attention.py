@@ -1,15 +1,15 @@
 """Attention over packed samples: each completion meets its prompt and itself, and nothing else.
 
 A block mask over a packed row computes every score and throws most away; cutting the row into
-padded ones computes padding. Here the row is cut at its seams instead. The prompt and the first
-completion of a unit are one causal sequence; every further completion brings its queries to the
-prompt's keys and its own. So the cost is that of the samples, whatever stands beside them, and a
+padded ones computes padding. Here the row is cut at its seams instead, into pieces of whole prompts
+and completions. A piece attends to itself, and to the prompt of its completions where that stands
+in an earlier piece. So the cost is about that of the samples, whatever stands beside them, and a
 prompt's keys and values are those of all its completions, in the backward pass too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -28,21 +28,22 @@ class SeamsLost(AlignmentError):
 
 
 @dataclass(frozen=True, slots=True)
-class Seams:
-    """Where a packed row is cut.
+class Piece:
+    """Neighbours in a packed row that attend in one call.
 
-    units:    for each unit in order the tokens of its prompt, then of each of its completions.
-    windowed: whether some layer looks back less far than the longest sample is, so that being
-              causal does not say all.
+    length: its tokens.
+    prompt: (piece, tokens) where an earlier piece begins with the prompt of its first completions,
+            which they look at too; None where it begins with a prompt of its own.
+    causal: whether it is one sequence that looks at all of its past, so that no mask is needed.
     """
 
-    units: Sequence[tuple[int, ...]]
-    windowed: bool
+    length: int
+    prompt: tuple[int, int] | None
+    causal: bool
 
-    @property
-    def pieces(self) -> list[int]:
-        """Tokens of each piece of the row: prompt and first completion together, the others."""
-        return [n for prompt, first, *others in self.units for n in (prompt + first, *others)]
+
+Seams = tuple[Piece, ...]
+"""A packed row, from its first token to its last."""
 
 
 def packed_attention(
@@ -63,7 +64,7 @@ def packed_attention(
         query: `[1, H, L, D]`.
         key, value: `[1, H_kv, L, D]`.
         attention_mask: bool `[1, 1, L, W]`; column c of a token's row says whether it may look at
-            position c of its own sample (prompt and completion).
+            key c of its piece: the carried prompt's first, then the piece's own.
         seams: where the row is cut.
 
     Returns:
@@ -74,32 +75,35 @@ def packed_attention(
     """
     if seams is None:
         raise SeamsLost(f"{type(module).__name__} is not told where packed rows are cut")
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-
     # Split rather than sliced: the backward pass of a split is one concatenation.
-    pieces = [torch.split(x, seams.pieces, dim=2) for x in (query, key, value, attention_mask)]
-    rows = zip(*pieces, strict=True)
-    out: list[Tensor] = []
-    for prompt, first, *others in seams.units:
-        q, k, v, mask = next(rows)
-        out.append(attend(q, k, v, mask[..., : prompt + first] if seams.windowed else None))
-        prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
-        for length in others:
-            q, k, v, mask = next(rows)
-            k, v = torch.cat((prompt_k, k), dim=2), torch.cat((prompt_v, v), dim=2)
-            if length:  # a completion of one token, which nothing is read after, brings no query
-                out.append(attend(q, k, v, mask[..., : prompt + length]))
+    lengths = [piece.length for piece in seams]
+    queries, keys, values, masks = (
+        torch.split(x, lengths, dim=2) for x in (query, key, value, attention_mask)
+    )
+    n_shared = query.shape[1] // key.shape[1]
+    out = []
+    for i, piece in enumerate(seams):
+        k, v = keys[i], values[i]
+        if piece.prompt is not None:
+            home, n = piece.prompt
+            k = torch.cat((keys[home][:, :, :n], k), dim=2)
+            v = torch.cat((values[home][:, :, :n], v), dim=2)
+        # On a GPU no fast kernel takes both a mask and heads that share keys.
+        shares = n_shared > 1 and (piece.causal or query.device.type == "cpu")
+        if n_shared > 1 and not shares:
+            k, v = k.repeat_interleave(n_shared, dim=1), v.repeat_interleave(n_shared, dim=1)
+        out.append(
+            nn.functional.scaled_dot_product_attention(
+                queries[i],
+                k,
+                v,
+                attn_mask=None if piece.causal else masks[i][..., : k.shape[2]],
+                is_causal=piece.causal,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=shares,
+            )
+        )
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 

@@ -145,7 +145,7 @@ class Backbone:
             allowed: bool `[B, Q, K]`, True where query q may look at key k (causality included,
                 sliding windows not).
             query_positions: `[B, Q]`, position of each query inside its own sequence.
-            key_positions: `[B, K]` (or `[1, K]`), likewise for keys.
+            key_positions: `[B, K]`, likewise for keys; `[B, Q, K]` where each query has its own.
 
         Returns:
             A 4-D mask, or a dict of them by layer type where the model mixes types.
@@ -155,7 +155,8 @@ class Backbone:
         mixes_types = "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
         if window is None:
             return self._as_mask(full)
-        distance = query_positions[:, :, None] - key_positions[:, None, :]
+        keys = key_positions if key_positions.dim() == 3 else key_positions[:, None, :]
+        distance = query_positions[:, :, None] - keys
         sliding = full & (distance < window)[:, None]
         if not mixes_types:
             return self._as_mask(sliding)

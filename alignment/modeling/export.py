@@ -6,7 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from alignment.modeling.cast import cast_parameters
 
 
 def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -34,4 +37,5 @@ def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 def merged_copy(model: Any) -> Any:
     """The base model with the adapter added to its weights, in the base's dtype."""
     dtype = next(model.parameters()).dtype
-    return copy.deepcopy(model).float().merge_and_unload().to(dtype)
+    whole = cast_parameters(copy.deepcopy(model), torch.float32).merge_and_unload()
+    return cast_parameters(whole, dtype)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import catalog, resolve
 from alignment.modeling.tiny import CHATML
 from alignment.types import UserInputError
@@ -317,7 +318,7 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
         )
     except Exception as error:
         raise UserInputError(cannot_load("adapter", adapter, error)) from error
-    return adapted.to(next(model.parameters()).dtype).eval()
+    return cast_parameters(adapted, next(model.parameters()).dtype).eval()
 
 
 def _refuse_other_adapter(model: Any, lora: LoraOptions, path: str) -> None:

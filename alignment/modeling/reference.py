@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alignment.modeling.backbone import Backbone
+from alignment.modeling.cast import cast_parameters
 from alignment.modeling.shards import MakeShards, Shards, Whole, assign_, whole
 from alignment.types import UserInputError
 
@@ -113,7 +114,7 @@ class FrozenCopy:
         device: torch.device | str | None = None,
     ) -> None:
         frozen = copy.deepcopy(model).requires_grad_(False).eval()
-        self.model = frozen.to(device=device, dtype=dtype)
+        self.model = (frozen if dtype is None else cast_parameters(frozen, dtype)).to(device=device)
         self.shards: Shards = Whole()
         self._stays = device is not None
         self._backbone = Backbone(self.model)

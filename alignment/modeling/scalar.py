@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import get_verbosity, set_verbosity
 
+from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import resolve
 from alignment.modeling.classifier_adapter import is_classifier_adapter, merged_classifier
 from alignment.modeling.export import merged_copy
@@ -83,7 +84,7 @@ def load_scalar_model(
     if is_classifier_adapter(source):
         with _quiet():
             merged, weight = merged_classifier(Path(source), attention, trust_remote_code)
-        decoder: Any = merged.to(DTYPES[dtype])
+        decoder: Any = cast_parameters(merged, DTYPES[dtype])
     elif is_adapter(source):
         raise UserInputError(
             f"model {str(path)!r} is an adapter without its base; give the merged model (the "

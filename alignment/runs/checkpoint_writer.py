@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from alignment.activity import ACTIVITY
 from alignment.runs.checkpoint import write_checkpoint
 from alignment.runs.events import EventLog
 from alignment.runs.metrics import read_metrics
@@ -107,7 +108,9 @@ class CheckpointWriter:
         if self._submitted is None:
             return
         step, future = self._submitted
-        wait_for([future])  # a second Ctrl-C ends this, and leaves the write to `__exit__`
+        # A slow disk is no hang. A second Ctrl-C ends this, and leaves the write to `__exit__`.
+        while wait_for([future], timeout=1.0).not_done:
+            ACTIVITY.move()
         self._submitted = None
         written = future.result()
         self._events.write(
@@ -142,7 +145,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             self.wait()
-        except AlignmentError as failed:
+        except Exception as failed:
             if error is None:
                 raise
             # It is the other one that ends the run; and a full disk takes no event either.

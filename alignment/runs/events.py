@@ -26,7 +26,9 @@ class EventLog:
 
     Kinds in use: `warning`, `diagnosis` (something is off with the training, with a remedy),
     `error` (what ended the run), `out_of_memory`, `nonfinite`, `unscorable`, `checkpoint`,
-    `resume`, `hang`, `start`, `end`. The first three also go to the logger as warnings and errors,
+    `resume`, `hang`, `start`, `end`; `reference` (its log-probabilities, computed beforehand);
+    where data is made, `constitution` (which one), `agreement` (the judge with itself) and
+    `left_out` (what was dropped). The first three also go to the logger as warnings and errors,
     the others as information.
 
     A run has events before it has a folder. Those are held, and written with the first event

@@ -6,10 +6,13 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from alignment.types import AlignmentError
 
@@ -32,9 +35,16 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def readable_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turn an `OSError` of the block into an `AlignmentError` naming the path and the remedy."""
+    """Turn an `OSError` of the block into an `AlignmentError` naming the path and the remedy.
+
+    So too what safetensors raises in its place, which has the system's number in its text alone.
+    """
     try:
         yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        cause = OSError(int(number[1]) if number else 0, str(error))
+        raise AlignmentError(f"cannot {doing} {path}: {_remedy(cause)}") from error
     except OSError as error:
         raise AlignmentError(f"cannot {doing} {path}: {_remedy(error)}") from error
 

@@ -21,6 +21,7 @@ from alignment.modeling.heads import ScalarModel
 from alignment.modeling.load import load_causal_lm
 from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.reference import Fixed, FrozenCopy
+from alignment.modeling.scorer import choose_layout
 from alignment.rollout.engine import RolloutEngine
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
@@ -267,7 +268,10 @@ def evaluate_model(
             other = load_causal_lm(
                 reference, dtype=settings.dtype, attention=settings.attention
             ).to(context.policy.device)
-            context.policy.reference = Fixed("frozen_copy", FrozenCopy(other))
+            compared = Fixed("frozen_copy", FrozenCopy(other))
+            with compared.backbone() as backbone:
+                choose_layout(backbone)
+            context.policy.reference = compared
         view = replace(eval_context(context), seed=seed)
         try:
             return {task.name or task.type: make_task(task).run(view) for task in tasks}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.methods.base import needs_of
+from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import resolve
 from alignment.modeling.classifier_adapter import is_classifier_adapter
 from alignment.modeling.export import save_policy
@@ -32,7 +33,9 @@ from alignment.types import AlignmentError, Sample, UserInputError
 _PROBE = tuple(range(5, 37))
 
 
-def export(name: str, folder: Path, *, adapter: bool = False, dtype: str | None = None) -> str:
+def export(
+    name: str, folder: Path | None = None, *, adapter: bool = False, dtype: str | None = None
+) -> str:
     """Write a model, its tokenizer and chat template to `folder`, which must not exist.
 
     The folder appears whole, and once it has given the logits (a model with a scalar head: the
@@ -41,6 +44,7 @@ def export(name: str, folder: Path, *, adapter: bool = False, dtype: str | None 
     Args:
         name: a run's folder; a pipeline's, whose last stage counts; or a model. An adapter is
             merged into its base in float32, with one rounding at the end.
+        folder: of a run, `export` in its folder where left out.
         adapter: write the LoRA adapter alone, as it is.
         dtype: of the weights; None is that of the files.
 
@@ -48,9 +52,11 @@ def export(name: str, folder: Path, *, adapter: bool = False, dtype: str | None 
         what was written, in words.
 
     Raises:
-        UserInputError: there is no such model, adapter or number format, or `folder` exists.
+        UserInputError: there is no such model, adapter or number format, or `folder` exists, or
+            is left out for a model that is no run's.
         AlignmentError: it cannot be written, or does not load back as it was.
     """
+    folder = folder or _default_folder(name)
     if os.path.lexists(folder):
         raise UserInputError(f"{folder} exists already and is not overwritten; name another folder")
     if dtype is not None and dtype not in DTYPES:
@@ -67,6 +73,13 @@ def export(name: str, folder: Path, *, adapter: bool = False, dtype: str | None 
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return f"{folder}: {written}; it loads back with the same output"
+
+
+def _default_folder(name: str) -> Path:
+    run = Path(name)
+    if not (run / "recipe.yaml").is_file():
+        raise UserInputError(f"{name} is not a run's folder; name a folder to write the model to")
+    return run / "export"
 
 
 def _model(named: NamedModel, folder: Path, dtype: str | None) -> str:
@@ -86,7 +99,7 @@ def _model(named: NamedModel, folder: Path, dtype: str | None) -> str:
     model: Any
     if is_adapter(source):
         model = load_causal_lm(source, trust_remote_code=code)
-        model = model.merge_and_unload().to(DTYPES[dtype])
+        model = cast_parameters(model.merge_and_unload(), DTYPES[dtype])
     else:
         model = load_causal_lm(source, dtype=dtype, trust_remote_code=code)
     save_policy(model, tokenizer, folder)

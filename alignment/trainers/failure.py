@@ -9,14 +9,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from alignment.activity import ACTIVITY
 from alignment.modeling.memory import OutOfMemory, is_out_of_memory
 from alignment.runs.checkpoint import list_checkpoints
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog, read_events
-from alignment.runs.launched import launch_options
 from alignment.runs.outputs import FINISHED
+from alignment.trainers.going_on import command_to_go_on
 from alignment.types import AlignmentError, UserInputError
 
 
@@ -55,19 +56,27 @@ def _record(run: RunDirectory, events: EventLog, error: BaseException) -> None:
     }
     kinds = [kind for kind in (getattr(error, "event", None), "error") if kind]
     with suppress(AlignmentError):  # a full disk may be what has failed
-        if not any(event["message"] == message for event in read_events(events.path)[-3:]):
-            for kind in kinds:
+        said = _events_of_this_start(events)
+        for kind in kinds:
+            if not any((event["kind"], event["message"]) == (kind, message) for event in said):
                 events.write(kind, message, logged=False, **fields)
     advice = _how_to_go_on(run, error)
     if advice:
         error.add_note(advice)
 
 
+def _events_of_this_start(events: EventLog) -> list[dict[str, Any]]:
+    """What has happened since the run was started or resumed last."""
+    said = read_events(events.path)
+    starts = [place for place, event in enumerate(said) if event["kind"] == "start"]
+    return said[starts[-1] :] if starts else said
+
+
 def _how_to_go_on(run: RunDirectory, error: BaseException) -> str:
     """What is saved, and the command; "" where there is nothing to go on with."""
     if (run.path / FINISHED).is_file():
         return ""
-    command = f"align train {run.recipe}{launch_options()}"
+    command = command_to_go_on(run)
     saved = list_checkpoints(run.checkpoints_dir)
     if saved:
         return f"{saved[-1][1].name} is the last checkpoint; to go on from there: {command}"

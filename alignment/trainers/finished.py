@@ -10,6 +10,7 @@ from alignment.config.pipeline import PipelineRecipe
 from alignment.config.schema import Recipe
 from alignment.runs.directory import RunDirectory
 from alignment.runs.outputs import FINISHED
+from alignment.trainers.going_on import command_to_go_on
 from alignment.types import UserInputError
 
 
@@ -41,5 +42,5 @@ def find_model(name: str) -> NamedModel:
         raise UserInputError(f"{name} made data, not a model; name a run that trains one")
     raise UserInputError(
         f"{name} has no model yet, because the run is not finished; go on with it by "
-        f"align train {run.recipe}"
+        f"{command_to_go_on(run)}"
     )

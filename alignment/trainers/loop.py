@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,13 +20,13 @@ from alignment.config.methods.base import needs_of
 from alignment.rollout.sampling import row_key
 from alignment.runs.checkpoint_writer import BestBy, CheckpointWriter
 from alignment.runs.directory import RunDirectory
-from alignment.runs.launched import launch_options
 from alignment.runs.made import MadeData
 from alignment.runs.metrics import MetricSums, MetricsWriter
 from alignment.runs.progress import Progress, show_samples
 from alignment.runs.samples import SampleRecorder
 from alignment.trainers.context import StepResult, Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
+from alignment.trainers.going_on import command_to_go_on
 from alignment.trainers.memory import memory_events
 from alignment.trainers.state import training_state
 from alignment.types import AlignmentError, Rollout
@@ -53,15 +52,14 @@ class Stopped(AlignmentError):
 
     Args:
         progress: how far it came.
-        recipe: what to train to go on.
+        run: what to go on with.
     """
 
     exit_code = 0
 
-    def __init__(self, progress: str, recipe: Path) -> None:
+    def __init__(self, progress: str, run: RunDirectory) -> None:
         super().__init__(
-            f"stopped after {progress}, which is saved; to go on: align train "
-            f"{recipe}{launch_options()}"
+            f"stopped after {progress}, which is saved; to go on: {command_to_go_on(run)}"
         )
         self.progress = progress
 
@@ -111,7 +109,7 @@ class Loop:
                     self._save(step, checkpoints)
                 if stopping and step < total:
                     checkpoints.wait()
-                    raise Stopped(f"step {step} of {total}", self.directory.recipe)
+                    raise Stopped(f"step {step} of {total}", self.directory)
 
     def step(self, step: int) -> tuple[StepResult, dict[str, float]]:
         """Make one step: what it gave on this rank, and its metrics over all ranks."""

@@ -1,4 +1,4 @@
-"""What memory did not hold in a step, as events: the smaller sizes that the run goes on with."""
+"""What memory did not hold in a step, as events: the smaller sizes a process goes on with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def memory_events(context: TrainingContext, step: int) -> Iterator[None]:
                 context.events.write(
                     "out_of_memory",
                     f"step {step}: out of memory: {name} is {size} instead of {before[name]} for "
-                    "the rest of the run; what did not fit was done again in smaller parts",
+                    "the rest of this process; what did not fit was done again in smaller parts",
                     step=step,
                     setting=name,
                     old=before[name],

@@ -29,8 +29,10 @@ from alignment.runs.lineage import run_info
 from alignment.runs.metrics import MetricsWriter
 from alignment.runs.outputs import output_hash, output_paths, read_finished, write_finished
 from alignment.trainers.evaluation import evaluate_model
+from alignment.trainers.going_on import names_checkpoint
 from alignment.trainers.loop import Stopped
 from alignment.trainers.run import check_expectations, check_resumable, train, write_report
+from alignment.types import UserInputError
 
 COMPARISON = "comparison.txt"
 """The tables that a pipeline ends by printing, for people."""
@@ -48,8 +50,8 @@ def run_pipeline(
     earlier stages hold now. The comparison is made again when one of its models has changed.
 
     Raises:
-        UserInputError: a stage's recipe, data or model is not usable, or a stage's inputs have
-            changed since it started.
+        UserInputError: a stage's recipe, data or model is not usable, a stage's inputs have
+            changed since it started, or `resume` is a checkpoint.
         AlignmentError: a stage stopped, or expectations were not met.
     """
     directory = _open(pipeline, resume, command)
@@ -62,7 +64,7 @@ def run_pipeline(
             run = _run_stage(recipe, command)
         except Stopped as stopped:
             progress = f"{stopped.progress} of stage {stage.name}"
-            raise Stopped(progress, directory.recipe) from stopped
+            raise Stopped(progress, directory) from stopped
         outputs[stage.name] = stage_outputs(run.path)
         recipes[stage.name] = recipe
         gc.collect()
@@ -89,6 +91,12 @@ def stage_outputs(run: Path) -> dict[str, str]:
 def _open(pipeline: PipelineRecipe, resume: str, command: Sequence[str]) -> RunDirectory:
     """Rank 0 creates the folder; the others use it."""
     path = Path(pipeline.run.dir) / pipeline.run.name
+    if names_checkpoint(resume):
+        raise UserInputError(
+            f"--resume {resume}: a pipeline has no checkpoints of its own; take one stage back by "
+            f"align train {path}/stages/NAME/recipe.yaml --resume {resume}, and then go on with "
+            "the pipeline without --resume"
+        )
     recipe_yaml = dump_recipe(pipeline)
     distributed = Distributed()
     if distributed.broadcast(path.exists()):

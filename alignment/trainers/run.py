@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
 from alignment import registry
 from alignment.activity import doing
@@ -44,6 +43,7 @@ from alignment.runs.watch import Watch, clear_heartbeats
 from alignment.trainers.context import Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
 from alignment.trainers.failure import recorded_failure
+from alignment.trainers.going_on import check_named_checkpoint
 from alignment.trainers.loop import Loop
 from alignment.trainers.recorded import (
     MARK,
@@ -68,7 +68,7 @@ def train(
 
     Args:
         resume: `auto` goes on with a run of this name and recipe; `never` refuses a name that
-            exists; anything else is a checkpoint folder to go on from.
+            exists; anything else is a checkpoint folder of the run, to go on from.
         command: what to note as the command in `run.json`.
         rollouts_from: a run whose recorded rollouts are trained on, in place of sampling.
 
@@ -81,13 +81,13 @@ def train(
     distributed = Distributed()
     # Rank 0 looks, for all: a moment later it makes the folder.
     exists = distributed.broadcast(path.exists())
+    check_named_checkpoint(path, resume)
     if exists:
         check_resumable(path, recipe_yaml, resume)
         refuse_changed_inputs(path, f"the run {path}")
         refuse_other_source(RunDirectory(path).read_info(), f"the run {path}", rollouts_from)
         if (path / FINISHED).is_file():
-            Console().print(f"{path} is finished already; nothing to do", soft_wrap=True)
-            return RunDirectory.open(path)
+            return _take_finished(RunDirectory.open(path), is_main=distributed.is_main)
     torch.manual_seed(recipe.run.seed)
     recorded = None if rollouts_from is None else rollouts_for(rollouts_from, recipe)
     parents = find_parents(recipe)
@@ -229,9 +229,11 @@ def _resume(
     """Restore the newest valid checkpoint (or the named one), and drop what came after it."""
     path: Path | None = Path(resume)
     if resume == "auto":
-        path = latest_checkpoint(
-            directory.checkpoints_dir, warn=partial(context.events.write, "warning")
-        )
+        # Rank 0 looks, for all: a folder shared by machines may show each of them something else.
+        warn = partial(context.events.write, "warning")
+        is_main = context.distributed.is_main
+        newest = latest_checkpoint(directory.checkpoints_dir, warn=warn) if is_main else None
+        path = context.distributed.broadcast(newest)
     step = 0
     if path is not None:
         step = restore_state(trainer, context, load_checkpoint(path))
@@ -282,18 +284,26 @@ def _save_model(
     """
     extra_files = getattr(trainer, "extra_files", None)
     with readable_errors("save the model to", directory.model_dir):
-        try:
-            if isinstance(model, ScalarModel):
-                save_scalar_model(model, context.tokenizer, directory.model_dir)
-            else:
-                save_policy(model, context.tokenizer, directory.model_dir)
-            if callable(extra_files):
-                extra_files(directory.model_dir)
-        except SafetensorError as error:  # how safetensors says that the disk is full
-            raise AlignmentError(
-                f"cannot save the model to {directory.model_dir}: {error}; make room and give the "
-                "same command again (the last checkpoint has the weights)"
-            ) from error
+        if isinstance(model, ScalarModel):
+            save_scalar_model(model, context.tokenizer, directory.model_dir)
+        else:
+            save_policy(model, context.tokenizer, directory.model_dir)
+        if callable(extra_files):
+            extra_files(directory.model_dir)
+
+
+def _take_finished(directory: RunDirectory, *, is_main: bool) -> RunDirectory:
+    """Do what a kill after `finished.json` may have cut off, and judge the run as at its end.
+
+    Raises:
+        AlignmentError: something expected did not come.
+    """
+    Console().print(f"{directory.path} is finished already; nothing to train", soft_wrap=True)
+    if is_main:
+        if not directory.report.is_file():
+            write_report(directory)
+        check_expectations(directory)
+    return directory
 
 
 def write_report(directory: RunDirectory) -> None:

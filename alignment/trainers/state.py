@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from alignment.activity import exchanging
 from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.reference import Reference, trainable
 from alignment.modeling.shards import assign_, gathered_tree
@@ -28,7 +30,9 @@ def training_state(trainer: Trainer, context: TrainingContext, step: int) -> dic
         "reference": reference.state_dict() if reference else {},
         "trainer": trainer.state_dict(),
     }
-    gathered: dict[str, Any] = gathered_tree(state, keep=context.distributed.is_main)
+    is_sharded = context.distributed.shards_weights
+    with exchanging() if is_sharded else nullcontext():
+        gathered: dict[str, Any] = gathered_tree(state, keep=context.distributed.is_main)
     return gathered
 
 

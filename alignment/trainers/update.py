@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.activity import doing
+from alignment.activity import doing, exchanging
 from alignment.losses.types import Max, Mean, Metric
 from alignment.modeling.memory import OutOfMemory, memory_for, release_memory
 from alignment.modeling.optimizer import learning_rate
@@ -147,7 +147,7 @@ class Updater:
                 with memory_for(rows):
                     scores = self._model(rows, **score_options(rows))
                     if not batch:  # other ranks have more of them
-                        _reach_all(scores).backward()  # type: ignore[no-untyped-call]
+                        self._backward(_reach_all(scores))
                         continue
                     loss = loss_of(scores, batch)
                     if scores.aux_loss is not None:
@@ -159,8 +159,13 @@ class Updater:
                     if shards.lockstep:
                         loss = loss + _reach_all(scores)
                     if loss.requires_grad:
-                        loss.backward()  # type: ignore[no-untyped-call]
+                        self._backward(loss)
         return local_loss
+
+    def _backward(self, loss: Tensor) -> None:
+        """The backward pass; where weights are sharded, all ranks take part in it."""
+        with exchanging() if self._model.shards.lockstep else nullcontext():
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def _step(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
         lr = learning_rate(

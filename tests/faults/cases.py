@@ -41,6 +41,11 @@ CASES: dict[str, tuple[str, ...]] = {
         _SYNCED,
     ),
     "dpo": ("model.dtype=bfloat16", _SYNCED),
+    "kto": (
+        "algorithm.loss.kind=bco",  # its threshold is a mean over all steps so far
+        "algorithm.samples_per_step=8",
+        "model.dtype=bfloat16",
+    ),
     "grpo": (
         "algorithm.updates_per_step=2",
         "algorithm.epochs_per_step=2",
@@ -60,6 +65,18 @@ CASES: dict[str, tuple[str, ...]] = {
     "preference_sampling": ("algorithm.prompts_per_step=4",),
 }
 """Method to what is set in its tiny recipe. The last one makes data in place of a model."""
+
+HOLDS: dict[str, frozenset[str]] = {
+    "sft": frozenset({"model", "evals"}),
+    "reward_model": frozenset({"model", "evals"}),
+    "ppo": frozenset({"model", "rollouts"}),
+    "dpo": frozenset({"model"}),
+    "kto": frozenset({"model"}),
+    "grpo": frozenset({"model", "rollouts", "evals"}),
+    "rlvr": frozenset({"model", "rollouts"}),
+    "preference_sampling": frozenset({"rollouts", "made", "data.jsonl"}),
+}
+"""Method to the parts of its run that must not be empty, besides those that every run has."""
 
 _RECIPES = {"preference_sampling": "tiny/preferences"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -67,8 +68,19 @@ class Launch:
         """The last step that has a checkpoint."""
         return max((step for step, _ in list_checkpoints(self.run.checkpoints_dir)), default=0)
 
-    def is_writing(self) -> bool:
-        return any(self.run.checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*"))
+    def temporaries(self) -> frozenset[str]:
+        """The names of folders that have not become checkpoints, or are none any more."""
+        found = self.run.checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*")
+        return frozenset(path.name for path in found)
+
+    def is_writing(self, earlier: frozenset[str]) -> bool:
+        """Whether a checkpoint is half written.
+
+        Args:
+            earlier: the temporary folders that were there before the run was started.
+        """
+        folder = self.run.checkpoints_dir
+        return any(_is_half_written(folder / name) for name in self.temporaries() - earlier)
 
 
 def run_through(launch: Launch) -> Tempo:
@@ -105,20 +117,27 @@ def kill_and_resume(
         toll.resumes += int(launch.run.path.exists())
         left = max(kills - toll.kills, in_writing - toll.in_writing, 1)
         in_write = in_writing - toll.in_writing >= left or rng.random() < 0.4
+        earlier = launch.temporaries()
         victim = launch.start()
-        if not _await_moment(launch, victim, tempo, rng, left, in_write):
+        if not _await_moment(launch, victim, tempo, rng, left, in_write, earlier):
             require_success(victim)
             return
         # Rank 0 writes; where another one dies, it ends its checkpoint before it ends itself.
         toll.outlived += victim.kill(0 if in_write else rng.randrange(launch.processes))
         toll.kills += 1
-        toll.in_writing += int(launch.is_writing())
+        toll.in_writing += int(launch.is_writing(earlier))
     toll.resumes += 1
     require_success(launch.start())
 
 
 def _await_moment(
-    launch: Launch, victim: Victim, tempo: Tempo, rng: random.Random, left: int, in_write: bool
+    launch: Launch,
+    victim: Victim,
+    tempo: Tempo,
+    rng: random.Random,
+    left: int,
+    in_write: bool,
+    earlier: frozenset[str],
 ) -> bool:
     """Wait for a moment drawn at random, with `left` kills to go; False if the run ended first."""
     lives, saved = launch.lives(), launch.saved()
@@ -135,9 +154,33 @@ def _await_moment(
     if in_write and steps < to_go:
         written = launch.saved()
         return _until(
-            lambda: launch.is_writing() or launch.saved() > written + 1, victim
+            lambda: launch.is_writing(earlier) or launch.saved() > written + 1, victim
         ) and _pause(rng.uniform(0.0, 0.5) * tempo.step * rng.random() ** 2, victim)
     return _pause(rng.random() * (tempo.step if steps < to_go else tempo.finishing), victim)
+
+
+def _is_half_written(temporary: Path) -> bool:
+    """Whether a temporary folder is a checkpoint that is being written.
+
+    A checkpoint that is removed is renamed like this, too. It is whole, or it was begun before
+    the newest one that stands was complete: one is written at a time, `state.json` first.
+    """
+    try:
+        begun = (temporary / "state.json").stat().st_mtime_ns
+        if _is_complete(temporary / "manifest.json"):
+            return False
+        standing = temporary.parent.glob("step-*/manifest.json")
+        return all(path.stat().st_mtime_ns < begun for path in standing)
+    except FileNotFoundError:  # it is gone, or not begun
+        return False
+
+
+def _is_complete(manifest: Path) -> bool:
+    try:
+        json.loads(manifest.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _until(holds: Callable[[], bool], victim: Victim) -> bool:

@@ -7,7 +7,8 @@ import torch
 from tiny_models import FAMILIES, RECURRENT, VOCAB, recurrent_model, tiny_model
 from torch import Tensor
 
-from alignment.modeling.attention import SeamsLost, recomputed_alike
+from alignment.modeling import packing
+from alignment.modeling.attention import Piece, SeamsLost, recomputed_alike
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.packing import plan_micro_batches
 from alignment.modeling.scorer import choose_layout, packing_fault, predicting_states, score
@@ -44,8 +45,12 @@ def gradients(model) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["default", "block masks", "eager"])
-def test_i25_packed_equals_one_by_one_in_values_and_gradients(family: str, attention: str) -> None:
+@pytest.mark.parametrize("attention", ["default", "short pieces", "block masks", "eager"])
+def test_i25_packed_equals_one_by_one_in_values_and_gradients(
+    family: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention == "short pieces":  # completions apart from their prompts
+        monkeypatch.setattr(packing, "PIECE_TOKENS", 9)
     model = tiny_model(family)
     runs_sdpa = model.config._attn_implementation == "sdpa"
     if attention == "eager":
@@ -94,6 +99,19 @@ def test_layers_computed_again_attend_as_they_did(family: str) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6)
+
+
+def test_pieces_are_whole_completions_with_their_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 4 and 9 tokens, each with three completions of 0, 4, 8 or 1, 5, 9 input tokens."""
+    monkeypatch.setattr(packing, "PIECE_TOKENS", 10)
+    packed = packing.pack(random_samples(n_prompts=2), cut_at_seams=True)
+    assert packed.seams == (
+        Piece(8, None, causal=False),  # the first prompt with its completions of 0 and 4
+        Piece(8, (0, 4), causal=False),  # its third one
+        Piece(10, None, causal=True),  # the second prompt with its first completion
+        Piece(5, (2, 9), causal=False),
+        Piece(9, (2, 9), causal=False),
+    )
 
 
 def test_a_row_cut_at_its_seams_has_no_padding() -> None:

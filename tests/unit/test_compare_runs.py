@@ -134,3 +134,32 @@ def test_runs_without_evaluations_or_that_are_none_are_refused() -> None:
     assert result.exit_code == 2
     assert "run has verifiable; empty has none" in result.output
     assert "eval.tasks" in result.output
+
+
+def test_an_earlier_evaluation_does_not_stand_in_for_a_damaged_one() -> None:
+    whole = evaluated(Path("whole"), [True, False])
+    run = evaluated(Path("run"), [True, False], step=2)
+    evaluated(run, [True, True], step=4)
+    (run / "metrics.jsonl").write_text("no JSON\n{}\n")  # nothing that is compared
+    assert compare(whole, run).exit_code == 0
+    last = run / "evals" / "verifiable-step-000004.json"
+    last.write_text(last.read_text()[:20])
+    for pair in ((whole, run), (run, whole)):
+        result = compare(*pair)
+        assert result.exit_code == 2
+        assert "run/evals cannot be read: verifiable-step-000004.json: " in result.output
+
+
+def test_a_pipeline_is_named_by_its_stages() -> None:
+    stage = evaluated(Path("stage"), [True])
+    pipeline = Path("both")
+    pipeline.mkdir()
+    (pipeline / "recipe.yaml").write_text("run: {name: both}\nstages: [{name: one}]\n")
+    for _ in range(2):
+        result = compare(stage, pipeline)
+        assert result.exit_code == 2
+        assert "both is a pipeline; name a stage: both/stages/NAME" in result.output
+        (pipeline / "recipe.yaml").unlink(missing_ok=True)
+        (pipeline / "stages" / "one").mkdir(parents=True, exist_ok=True)
+    evaluated(pipeline / "stages" / "one", [True])
+    assert compare(stage, pipeline / "stages" / "one").exit_code == 0

@@ -10,6 +10,7 @@ import preference_runs
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from tiny_runs import run
 from torch import Tensor
 from transformers import (
@@ -124,6 +125,35 @@ def test_a_reward_models_normalization_goes_with_it(
     (model / SCORE_NORMALIZATION).write_text('{"mean": 1.0, "std": 2.0}')
     assert export(model, tmp_path / "rm").exit_code == 0
     assert (tmp_path / "rm" / SCORE_NORMALIZATION).read_text() == '{"mean": 1.0, "std": 2.0}'
+
+
+def test_a_runs_folder_is_where_it_goes_unless_another_is_named(
+    lora_run: RunDirectory, tmp_path: Path
+) -> None:
+    shutil.copytree(lora_run.path, tmp_path / "run")
+    result = export(tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert torch.equal(logits(tmp_path / "run" / "export"), logits(lora_run.model_dir))
+    again = export(tmp_path / "run")
+    assert again.exit_code == 2 and "exists already and is not overwritten" in again.output
+    unnamed = export(lora_run.model_dir)
+    assert unnamed.exit_code == 2
+    assert "is not a run's folder; name a folder to write the model to" in unnamed.output
+
+
+def test_a_full_disk_is_said_and_nothing_is_kept(
+    lora_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export_module, "save_policy", full)
+    result = export(lora_run.path, tmp_path / "model")
+    assert result.exit_code == 1
+    assert f"cannot export to {tmp_path / 'model'}: " in result.output
+    assert "the disk is full; free some space" in result.output
+    assert isinstance(result.exception, SystemExit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(lora_run: RunDirectory, tmp_path: Path) -> None:

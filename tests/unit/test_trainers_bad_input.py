@@ -336,16 +336,13 @@ def no_space_for_tensors(*_: Any) -> None:
     raise SafetensorError("I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize(
-    ("failure", "words"),
-    [(no_space, "the disk is full"), (no_space_for_tensors, "make room and give the same command")],
-)
+@pytest.mark.parametrize("failure", [no_space, no_space_for_tensors])
 def test_a_disk_that_fills_up_while_the_model_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[..., Any], words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[..., Any]
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "save_policy", failure)
-        with pytest.raises(AlignmentError, match=rf"save the model to .*{words}"):
+        with pytest.raises(AlignmentError, match=r"save the model to .*the disk is full"):
             run("sft", tmp_path, *FULL)
     assert not (tmp_path / "sft" / "finished.json").exists()
     assert_resumable_after(tmp_path)
