@@ -104,6 +104,8 @@ def failing(
 def assert_same(found: RunDirectory, expected: RunDirectory) -> None:
     """The same numbers but for the order of sums."""
     for one, other in zip(steps_of(found), steps_of(expected), strict=True):
+        if abs(other.get("dpo/reward/margin", 1.0)) < 1e-6:  # rounding decides which side is ahead
+            one, other = ({**m, "dpo/reward/accuracy": 0.0} for m in (one, other))
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     theirs = weights_of(expected)
     for name, weight in weights_of(found).items():
