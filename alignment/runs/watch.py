@@ -234,8 +234,7 @@ class Watch:
         if beat.ended:
             return True
         if beat.host == self._host:
-            # Containers may share a host's name and not its processes: a fresh beat is life, too.
-            return not _runs(beat.pid) and self._age(beat) > 2 * self._interval
+            return not _runs(beat.pid)
         return self._age(beat) > SILENT_SECONDS
 
     def _age(self, beat: Beat) -> float:

@@ -3,7 +3,6 @@ event says where it happened, and the message says how to go on."""
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,7 +156,7 @@ def test_two_interrupts_end_the_run_at_once(
     def step(self: SFTTrainer, step: int) -> Any:
         if step == 4:
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # to this thread, so that two stay two
         return original(self, step)
 
     with monkeypatch.context() as patch:
