@@ -98,6 +98,18 @@ def run(
     return train(recipe_of(name, folder, *overrides), rollouts_from=rollouts_from)
 
 
+def made_once(factory: pytest.TempPathFactory) -> Callable[[str], RunDirectory]:
+    """Gives the run of a case, made the first time it is asked for; tests do not change it."""
+    runs: dict[str, RunDirectory] = {}
+
+    def of(name: str) -> RunDirectory:
+        if name not in runs:
+            runs[name] = run(name, factory.mktemp("made"))
+        return runs[name]
+
+    return of
+
+
 def even_tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
     """The share of even token ids."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]

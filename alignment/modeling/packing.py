@@ -31,8 +31,7 @@ from alignment.types import AlignmentError, Sample
 ROW_TOKENS = 1024
 
 # Pieces of a row that is cut at its seams are put together up to this length: attention inside a
-# piece is quadratic, and a call of it for each short completion costs more than it saves (measured:
-# 512 before 256 and 128, for groups of short completions and for pairs of long ones).
+# piece is quadratic, and a call of it for each short completion costs more than it saves.
 PIECE_TOKENS = 512
 
 

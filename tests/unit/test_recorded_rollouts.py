@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from replay_runs import SAMPLING, change_row, forbid, recipe_of, run
+from replay_runs import SAMPLING, change_row, forbid, made_once, recipe_of, run
 from safetensors.torch import load_file
 from tiny_runs import events_of, metrics_of, rollouts_of, steps_of
 from typer.testing import CliRunner
@@ -30,15 +30,7 @@ from alignment.types import UserInputError
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunDirectory]:
-    """The run of a case, made once; tests do not change it."""
-    runs: dict[str, RunDirectory] = {}
-
-    def of(name: str) -> RunDirectory:
-        if name not in runs:
-            runs[name] = run(name, tmp_path_factory.mktemp("made"))
-        return runs[name]
-
-    return of
+    return made_once(tmp_path_factory)
 
 
 def assert_same_run(one: RunDirectory, other: RunDirectory) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from replay_runs import METHODS, SAMPLING, change_row, contents_of, forbid, run
+from replay_runs import METHODS, SAMPLING, change_row, contents_of, forbid, made_once, run
 from tiny_runs import metrics_of, rollouts_of
 from typer.testing import CliRunner, Result
 
@@ -28,15 +28,7 @@ from alignment.types import Completion, UserInputError
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunDirectory]:
-    """The run of a case, made once; tests do not change it."""
-    runs: dict[str, RunDirectory] = {}
-
-    def of(name: str) -> RunDirectory:
-        if name not in runs:
-            runs[name] = run(name, tmp_path_factory.mktemp("made"))
-        return runs[name]
-
-    return of
+    return made_once(tmp_path_factory)
 
 
 @pytest.fixture
