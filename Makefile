@@ -32,8 +32,9 @@ $(STAMP): pyproject.toml
 quickstart: setup
 	$(BIN)/align train smollm2-135m/quickstart
 
+# One process a core, each with whole files: what a file's tests share is made once.
 test: lint typecheck
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # For some methods, or other numbers of kills: .venv/bin/python tests/faults --help
 faults: setup

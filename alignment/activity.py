@@ -17,7 +17,7 @@ class Activity:
     """What is being done, and since when.
 
     step:       the step in progress; 0 before the first.
-    phase:      such as sampling, grading, update, evaluation, saving.
+    phase:      such as loading, sampling, grading, update, evaluation, saving, comparison.
     detail:     what in particular, such as which reward grades which samples.
     since:      when the phase began (`time.time()`).
     moved:      when something was last begun, finished or computed (`time.monotonic()`).

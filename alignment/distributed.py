@@ -3,9 +3,9 @@
 Gradients are summed, not averaged: every loss is a sum divided by a count that is already global,
 so the sum over ranks is the gradient of the whole batch, whatever share of it each rank holds.
 
-Each rank has all weights, unless the run was launched with accelerate's FSDP2. With all weights,
-ranks may run different numbers of forward passes, or none; nothing synchronises inside the backward
-pass. With a part of each weight they run in lockstep (`alignment.modeling.shards`).
+Each rank has all weights, unless the run was launched with accelerate's FSDP2 or DeepSpeed. With
+all weights, ranks may run different numbers of forward passes, or none; nothing synchronises inside
+the backward pass. With a part of each weight they run in lockstep (`alignment.modeling.shards`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
+    patch_environment,
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import Tensor, nn
@@ -50,11 +52,16 @@ class Distributed:
 
     def __init__(self, *, cpu: bool = False) -> None:
         self._fsdp = _fsdp_asked_for()
+        self._zero_stage = _zero_stage_asked_for()
         self._mesh: DeviceMesh | None = None
         # accelerate joins processes on a CPU only where it is told that there is nothing else.
         no_accelerator = not torch.accelerator.is_available()
         on_cpu = cpu or no_accelerator or parse_flag_from_env("ACCELERATE_USE_CPU")
-        self._state = PartialState(cpu=on_cpu, timeout=_LONGEST_EXCHANGE)
+        if on_cpu:  # DeepSpeed looks for an accelerator when transformers imports it, and says so
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # It would import DeepSpeed, which joins what is there when it is needed.
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+            self._state = PartialState(cpu=on_cpu, timeout=_LONGEST_EXCHANGE)
 
     @property
     def rank(self) -> int:
@@ -81,9 +88,15 @@ class Distributed:
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
     @property
-    def shards_weights(self) -> bool:
-        """Whether each rank keeps a part of every weight (FSDP2)."""
-        return self._fsdp is not None and self.world_size > 1
+    def shards_state(self) -> bool:
+        """Whether each rank keeps a part of what is trained: of moments and masters, mostly also of
+        weights (FSDP2, ZeRO)."""
+        return self.world_size > 1 and (self._fsdp is not None or self._zero_stage is not None)
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The stage of ZeRO, where DeepSpeed shares out what is trained."""
+        return self._zero_stage if self.shards_state else None
 
     def shard(self, model: nn.Module, language_model: nn.Module) -> Sharded:
         """Keep a part of each of a model's weights on every rank from now on; all ranks call this.
@@ -149,9 +162,9 @@ class Distributed:
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Sum each gradient over ranks, in place. All ranks hold the same list in one order.
 
-        Those of sharded weights were summed in the backward pass.
+        Those of sharded weights, and by ZeRO all, were summed in the backward pass.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self._zero_stage is not None:
             return
         own = [g for g in gradients if not isinstance(g, DTensor)]
         handles = [torch.distributed.all_reduce(g, async_op=True) for g in own]
@@ -254,6 +267,13 @@ class Sharded:
                 part.reshard()  # no backward pass will do that
         return result
 
+    def backward(self, loss: Tensor) -> None:
+        with exchanging() if self.lockstep else nullcontext():
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def own_optimizer(self, *_: Any, **__: Any) -> None:
+        return None
+
     def _forget_passes(self) -> None:
         """Drop torch's notes on earlier passes, which only a backward pass would."""
         forget = getattr(self._root, "reset_iter_state", None)  # since torch 2.13
@@ -293,15 +313,58 @@ class _Root(nn.Module):
 
 
 _NOT_DONE = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 
 _USE_FSDP2 = (
     "use accelerate's FSDP2 (recipes/accelerate/fsdp2.yaml), which shards weights, gradients and "
-    "optimizer states as ZeRO-3 does"
+    "optimizer states"
 )
+
+
+_ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+
+# What may stand in what `accelerate launch` sets, and what to write where something else does.
+_DEEPSPEED_SETTINGS = {
+    _ZERO_STAGE: (("2", "3"), "zero_stage: 2 or 3"),
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": (("none",), "no deepspeed_config_file (it is not read)"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("none", "auto", "1"),
+        "gradient_accumulation_steps: 1 (the recipe has optim.micro_batch_tokens)",
+    ),
+    "ACCELERATE_GRADIENT_CLIPPING": (
+        ("none", "auto"),
+        "no gradient_clipping (the recipe has optim.max_grad_norm)",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (("none",), "offload_optimizer_device: none"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (("none",), "offload_param_device: none"),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": (("none", "false"), "zero3_init_flag: false"),
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": (("none",), "no deepspeed_moe_layer_cls_names"),
+}
+
+
+def _zero_stage_asked_for() -> int | None:
+    """The stage of ZeRO where `accelerate launch` asked for DeepSpeed.
+
+    Raises:
+        UserInputError: it asked for something that is not done here.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    wrong = [
+        remedy
+        for variable, (accepted, remedy) in _DEEPSPEED_SETTINGS.items()
+        if os.environ.get(variable, "none").lower() not in accepted
+    ]
+    if wrong:
+        raise UserInputError(f"accelerate's deepspeed_config: set {', '.join(wrong)}")
+    if find_spec("deepspeed") is None:
+        raise UserInputError(
+            "the run was launched with DeepSpeed, which is not installed: "
+            "pip install 'alignment-toolkit[deepspeed]'"
+        )
+    return int(os.environ[_ZERO_STAGE])
 
 
 def _fsdp_asked_for() -> FullyShardedDataParallelPlugin | None:

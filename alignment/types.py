@@ -61,12 +61,19 @@ class Prompt:
     index:     its place in the stream of prompts this run draws. Unique within a run; the sampling
                random numbers depend on it.
     row:       the data row it came from (answer, messages, ...): what rewards look at.
+    place:     the words that name that row in messages, such as "train.jsonl:4"; "" if unknown.
     """
 
     token_ids: tuple[int, ...]
     text: str
     index: int
     row: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+
+    @property
+    def row_name(self) -> str:
+        """What messages call its row: by its place, which is the user's, and else by `index`."""
+        return self.place or f"the row of prompt {self.index}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ def compare_runs(
     Registered as report "compare_runs".
 
     Args:
-        first: a run's folder.
+        first: a run's folder, or another that `align eval` saved in.
         second: another's, or the same.
-        tasks: names of tasks, as the recipes have them; by default all that both runs have.
+        tasks: names of tasks, as the recipes have them, or with the options and the seed that
+            `align eval` was given (`verifiable,samples=2,seed=0`); by default all that both have.
         seed: of the bootstrap and of drawn sign flips.
 
     Raises:
@@ -70,7 +71,10 @@ def _listing(names: Sequence[str], found: Sequence[Mapping[str, EvalSummary]]) -
     have = "; ".join(
         f"{name} has {', '.join(evals) or 'none'}" for name, evals in zip(names, found, strict=True)
     )
-    return f"Saved evaluations: {have}. Give both recipes the same eval.tasks, and run them"
+    return (
+        f"Saved evaluations: {have}. Evaluate both alike by align eval, with the same options and "
+        "seed, or give both recipes the same eval.tasks"
+    )
 
 
 def _refuse_other_problems(

@@ -266,6 +266,8 @@ def _status(run: RunData, stages: Sequence[RunView]) -> str:
     all_stages = bool(stages and run.comparisons) and all(s.status == FINISHED for s in stages)
     if run.finished or last == "end" or (not run.events and all_stages):
         return FINISHED
+    if run.evals and not (run.recipe_text or run.events):
+        return "evaluated; trained elsewhere"
     return "stopped by an error" if last == "error" else "not finished, or still going"
 
 

@@ -71,7 +71,7 @@ def read_run(run_dir: Path | str) -> RunData:
         UserInputError: `run_dir` is no run directory at all.
     """
     path = Path(run_dir)
-    known = ("run.json", "recipe.yaml", "metrics.jsonl", "comparison.json", "stages")
+    known = ("run.json", "recipe.yaml", "metrics.jsonl", "comparison.json", "stages", "evals")
     if not any((path / name).exists() for name in known):
         raise UserInputError(
             f"{path} is not a run directory: it has none of {', '.join(known)}; give the folder "

@@ -46,7 +46,7 @@ class DeclinesReward:
     def _should_decline(self, prompt: Prompt) -> bool:
         if self._column not in prompt.row:
             raise UserInputError(
-                f"reward 'declines': the row of prompt {prompt.index} has no column "
+                f"reward 'declines': {prompt.row_name} has no column "
                 f"{self._column!r}; name the one that says which requests should be declined"
             )
         return bool(prompt.row[self._column] == self._decline)

@@ -44,7 +44,7 @@ class NumberReward:
         gold = plain_number(text)
         if gold is None:
             raise UserInputError(
-                f"the reference answer {text!r} of prompt {prompt.index} (column "
+                f"the reference answer {text!r} of {prompt.row_name} (column "
                 f"{self._answer_column!r}) is not a plain number; correct or drop that row, or "
                 "use the reward `math`"
             )
@@ -93,7 +93,7 @@ class ExactReward:
         if gold is None or str(gold).strip() == "":
             known = ", ".join(sorted(prompt.row)) or "none"
             raise UserInputError(
-                f"the row of prompt {prompt.index} has no text in the column "
+                f"{prompt.row_name} has no text in the column "
                 f"{self._answer_column!r} (columns: {known}); set `answer_column`, or drop the row"
             )
         opened = thinking_opened(prompt.text)

@@ -152,5 +152,5 @@ def parse_grade(text: str, scale: tuple[float, float]) -> float | None:
 
 def _question(prompt: Prompt) -> Turns:
     if any(column in prompt.row for column in _COLUMNS):
-        return prompt_of(prompt.row, chat=True, where=f"the row of prompt {prompt.index}")
+        return prompt_of(prompt.row, chat=True, where=prompt.row_name)
     return prompt.text

@@ -135,7 +135,7 @@ class MathReward:
             return Score(None, reply.failure, f"{reply.detail}; answer {request['answer'][:100]!r}")
         if reply.value == "bad_gold":
             raise UserInputError(
-                f"the reference answer {request['gold']!r} of prompt {prompt.index} (column "
+                f"the reference answer {request['gold']!r} of {prompt.row_name} (column "
                 f"{self._answer_column!r}) cannot be read as mathematics; correct or drop that "
                 "row, or compare its text with the reward `exact`"
             )
@@ -156,7 +156,7 @@ def reference_answer(prompt: Prompt, column: str) -> str:
         problem = "lacks" if column not in prompt.row else f"has {value!r} in"
         known = ", ".join(sorted(prompt.row)) or "none"
         raise UserInputError(
-            f"the row of prompt {prompt.index} {problem} the column {column!r}, where the "
+            f"{prompt.row_name} {problem} the column {column!r}, where the "
             f"reference answer should be (columns: {known}); set `answer_column`, or drop the row"
         )
     text = str(value)

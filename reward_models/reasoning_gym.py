@@ -82,7 +82,7 @@ class ReasoningGymReward:
             return Score(None, reply.failure, f"{reply.detail}; {detail}")
         if "bad_row" in reply.value:
             raise UserInputError(
-                f"prompt {prompt.index} cannot be scored by reasoning-gym: "
+                f"{prompt.row_name} cannot be scored by reasoning-gym: "
                 f"{reply.value['bad_row']}; make the data again with the installed version"
             )
         score = float(reply.value["score"])
@@ -99,7 +99,7 @@ def _task_of(prompt: Prompt) -> dict[str, Any]:
     if not isinstance(task, str) or entry is None or options is None:
         known = ", ".join(sorted(row)) or "none"
         raise UserInputError(
-            f"the row of prompt {prompt.index} is not a reasoning-gym entry (columns: {known}); "
+            f"{prompt.row_name} is not a reasoning-gym entry (columns: {known}); "
             "the reward `reasoning_gym` goes with the data source `reasoning_gym`"
         )
     return {"task": task, "entry": entry, "options": options}

@@ -245,7 +245,7 @@ class _Retokenizer:
 
     def __call__(self, item: Item) -> Sample:
         prompt, completion = item
-        chat, where = self._encoder.chat, f"the row of prompt {prompt.index}"
+        chat, where = self._encoder.chat, prompt.row_name
         turns = prompt_of(prompt.row, chat=chat, where=where)
         answer: Turns = completion.text
         if chat:

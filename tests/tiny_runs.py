@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,13 @@ GRPO = (
 )
 """A step learns something from the first one on: random tokens differ in how many are even."""
 
+RLVR = (
+    *(setting for setting in GRPO if not setting.startswith(("run.name", "rewards"))),
+    "run.name=rlvr",
+    "rewards=[{type: number}, {type: regex, pattern: '[0-9]', mode: search}]",
+)
+"""As GRPO, with a verifier, and a reward by which random tokens differ."""
+
 SFT = (
     "run.name=sft",
     "data={type: arithmetic, operation: add, operands: 2, low: 1, high: 4, held_out: 3}",
@@ -43,7 +52,7 @@ SFT = (
     "expect=[]",
 )
 
-_METHODS = {"grpo": ("tiny/grpo", GRPO), "sft": ("tiny/sft", SFT)}
+_METHODS = {"grpo": ("tiny/grpo", GRPO), "rlvr": ("tiny/rlvr", RLVR), "sft": ("tiny/sft", SFT)}
 
 
 def recipe_of(method: str, folder: Path, *overrides: str) -> Recipe:
@@ -57,6 +66,26 @@ def recipe_of(method: str, folder: Path, *overrides: str) -> Recipe:
 def run(method: str, folder: Path, *overrides: str, resume: str = "auto") -> RunDirectory:
     """Train to the end."""
     return train(recipe_of(method, folder, *overrides), resume=resume)
+
+
+@contextmanager
+def one_nan(shards: Any, happens: bool) -> Iterator[None]:
+    """The first loss is NaN on its way back, if that `happens` on this rank.
+
+    Args:
+        shards: the class of the model's.
+    """
+    backward = shards.backward
+    left = [math.nan] if happens else []
+
+    def poisoned(self: Any, loss: Tensor) -> None:
+        backward(self, loss * left.pop() if left else loss)
+
+    shards.backward = poisoned
+    try:
+        yield
+    finally:
+        shards.backward = backward
 
 
 def metrics_of(run: RunDirectory) -> list[dict[str, Any]]:

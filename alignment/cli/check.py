@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Check a recipe, and print what the run would do.
 
-    Every key, value and combination is checked, the options of plug-ins included.
+    Every key, value and combination is checked, the options of plug-ins included, and that the
+    local files and folders it names exist.
     """
     config = lazy("alignment.config:load_recipe")(recipe, overrides or ())
     typer.echo(describe(config))
@@ -30,6 +31,7 @@ def describe(config: Recipe | PipelineRecipe) -> str:
     recipe = cast("Recipe", config)
     counts = lazy("alignment.config:describe_counts")(recipe)
     cautions = lazy("alignment.config:cautions")(recipe)
+    cautions += lazy("alignment.trainers.local_paths:check_local_paths")(recipe)
     rows = [*_parts(recipe), *(("counts", line) for line in counts)]
     rows += [("caution", line) for line in cautions]
     return f"{recipe.run.name}: the recipe is valid\n{table(rows)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,8 +31,25 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Short for --set samples=N.", show_default=False)
     ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Evaluate the model that the run started from.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Save there; by default in the run.", show_default=False
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a saved evaluation of the same name.")
+    ] = False,
 ) -> None:
-    """Evaluate a run or a model."""
+    """Evaluate a run or a model.
+
+    Results are saved in the run's folder, where `align compare` and `align report` find them. Those
+    of a model are saved where `--out` says, to be compared and reported as if it were a run.
+    """
     given = [*(settings or ()), *([f"samples={samples}"] if samples is not None else [])]
     configs = [lazy("alignment.config:load_task")(task, given) for task in tasks]
     data_from = None
@@ -40,10 +57,19 @@ def evaluate(
         data_from = lazy("alignment.config:load_recipe")(recipe)
         if not isinstance(data_from, lazy("alignment.config:Recipe")):
             raise UserInputError(f"--recipe {recipe}: a pipeline; name the recipe of one run")
-    results: Mapping[str, Any] = lazy("alignment.trainers.evaluation:evaluate_command")(
-        target, configs, data_from=data_from
+    evaluated = lazy("alignment.trainers.evaluate:evaluate")(
+        target,
+        configs,
+        data_from=data_from,
+        base=base,
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
     )
-    typer.echo(table([row for name, result in results.items() for row in _rows(name, result)]))
+    results = evaluated.results.items()
+    typer.echo(table([row for name, result in results for row in _rows(name, result)]))
+    place = evaluated.folder
+    typer.echo("not saved: no --out FOLDER" if place is None else f"saved in {place}")
 
 
 def _rows(task: str, result: Any) -> list[tuple[str, str, str, str]]:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ _SHIPPED = Path(alignment.__file__).parent.parent / "recipes" / "accelerate"
 
 # What accelerate starts more than one process for. `MULTI_CPU` is not among them: without MPI it
 # starts one. `MULTI_GPU` starts them whether there are GPUs or not.
-_STARTS_MANY = ("MULTI_GPU", "FSDP")
-_NO_DEEPSPEED = "DeepSpeed is not supported; --accelerate fsdp2 shards what ZeRO-3 does"
+_STARTS_MANY = ("MULTI_GPU", "FSDP", "DEEPSPEED")
 # What accelerate raises where it does not take its settings.
 _REFUSALS = (ValueError, ImportError, SystemExit)
 _CPU_ASKED = ("1", "true", "yes", "on")
@@ -74,8 +74,11 @@ def plan_launch(accelerate: str | None, processes: int | None) -> Plan:
     path = _find(name)
     config = _read(path)
     kind = str(config.get("distributed_type", "NO"))
-    if kind == "DEEPSPEED":
-        raise UserInputError(f"--accelerate {name}: {_NO_DEEPSPEED}")
+    if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise UserInputError(
+            f"--accelerate {name}: DeepSpeed is not installed: "
+            "pip install 'alignment-toolkit[deepspeed]'"
+        )
     if kind not in _STARTS_MANY:
         raise UserInputError(
             f"--accelerate {name}: accelerate starts one process for distributed_type {kind}; use "
@@ -190,7 +193,10 @@ def _conclude(agent: _Agent, reports: list[Report], asked: list[int], run: Path)
     if not codes:
         raise UserInputError(f"accelerate cannot start the run: {agent.error}") from agent.error
     failed = [report for report in reports if report.code != 0]
-    killed = {rank: -code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
+    by_torch = [signal.SIGTERM]
+    if any(report.hang for report in failed):
+        by_torch.append(signal.SIGKILL)  # half a minute later, where a rank does not end for it
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code not in by_torch}
     if asked and not failed and not killed:
         fail(
             "stopped at once, in the middle of a step or before the first; give the same command "
@@ -247,6 +253,7 @@ def _check_devices(plan: Plan) -> None:
     accelerator = lazy("torch:accelerator")
     on_cpu = plan.on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in _CPU_ASKED
     if on_cpu or not accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so
         return
     here = -(-plan.processes // plan.machines)
     devices = accelerator.device_count()
@@ -264,8 +271,6 @@ def _find(name: str) -> Path:
         return shipped[name]
     path = Path(name)
     if not path.is_file():
-        if name.startswith("zero"):
-            raise UserInputError(f"--accelerate {name}: {_NO_DEEPSPEED}")
         known = unknown_name("accelerate configuration", name, list(shipped))
         raise UserInputError(f"--accelerate: {known}; or give the path of a YAML file")
     return path

@@ -54,7 +54,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Start several processes: ddp, fsdp2, or a configuration file of accelerate's.",
+            help="Start several processes: ddp, fsdp2, zero2, zero3, or a file of accelerate's.",
             show_default="ddp, with --processes",
         ),
     ] = None,

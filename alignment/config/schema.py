@@ -217,7 +217,8 @@ class LimitsConfig(Section):
     hang_minutes: NonNegative = 30.0
     """How long nothing may move (no token sampled, no forward pass, no phase begun or ended) on a
     rank and those it waits for, before the run is ended with the rank, phase and samples named; 0
-    never ends it. More than the slowest call of a reward, which cannot be interrupted."""
+    never ends it. More than the slowest call of a reward, which cannot be interrupted. While a
+    model or data is loaded, bytes read and written are movement, too."""
 
 
 def parsed_expectation(text: str) -> str:

@@ -21,6 +21,7 @@ errors with it.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ Turns = list[Message] | str
 Format = Literal["conversation", "demonstration", "prompt", "preference", "labelled", "stepped"]
 
 _ROLE = re.compile(r"[a-z][a-z_]*")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _PROMPT_COLUMNS = ("prompt", "question")
 _COMPLETION_COLUMNS = ("completion", "answer")
 _A_NUMBER = "give a finite number (the cells of a CSV file are strings: use JSON lines or Parquet)"
@@ -210,6 +212,16 @@ def has_content(completion: Turns) -> bool:
     )
 
 
+def is_blank_question(*turns: Turns) -> bool:
+    """Whether a user says nothing in a message of theirs; plain text is for the caller to judge."""
+    return any(
+        message["role"] == "user" and not str(message.get("content") or "").strip()
+        for part in turns
+        if not isinstance(part, str)
+        for message in part
+    )
+
+
 def wants_chat(style: Literal["auto", "chat", "plain"], *, has_template: bool) -> bool:
     """Whether strings are rendered with the chat template: under `auto`, if there is one.
 
@@ -253,6 +265,9 @@ def _message(item: Any, where: str) -> Message:
             f"{where} has role {role!r}; give system, user, assistant, tool or another lower-case "
             "word"
         )
+    meant = [] if role in _ROLES else difflib.get_close_matches(role, _ROLES, 1, cutoff=0.8)
+    if meant:
+        raise UserInputError(f"{where} has role {role!r}; did you mean {meant[0]!r}?")
     if content is None and not item.get("tool_calls"):
         raise UserInputError(f"{where} has no content; give a string")
     if content is not None and not isinstance(content, (str, list)):

@@ -7,11 +7,18 @@ from typing import Any
 
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import Turns, detect, has_content, labelled_of, preference_of
+from alignment.data.formats import (
+    Turns,
+    detect,
+    has_content,
+    is_blank_question,
+    labelled_of,
+    preference_of,
+)
 from alignment.data.pairs import unusable
 from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
-from alignment.data.report import NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
+from alignment.data.report import BLANK_PROMPT, NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
 from alignment.types import LabelledSample
 
 
@@ -81,4 +88,6 @@ def _judged(row: Mapping[str, Any], chat: bool, where: str) -> list[tuple[Turns,
         return [(prompt, chosen, True, reason), (prompt, rejected, False, reason)]
     prompt, completion, desirable = labelled_of(row, chat=chat, where=where)
     reason = "" if has_content(completion) else NOTHING_TO_TRAIN_ON
+    if is_blank_question(prompt):
+        reason = BLANK_PROMPT
     return [(prompt, completion, desirable, reason)]

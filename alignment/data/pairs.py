@@ -7,10 +7,16 @@ from typing import Any
 
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import Turns, has_content, margin_of, preference_of
+from alignment.data.formats import (
+    Turns,
+    has_content,
+    is_blank_question,
+    margin_of,
+    preference_of,
+)
 from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
-from alignment.data.report import DataReport, Tally, TooLong
+from alignment.data.report import BLANK_PROMPT, DataReport, Tally, TooLong
 from alignment.types import PairBatch, Sample, UserInputError
 
 BLANK_RESPONSE = "a side has a blank response"
@@ -85,6 +91,8 @@ def unusable(prompt: Turns, chosen: Turns, rejected: Turns) -> str:
     """Why two answers to a prompt cannot be compared, or "" if they can."""
     if prompt == []:
         return NO_COMMON_PROMPT
+    if is_blank_question(prompt, chosen, rejected):
+        return BLANK_PROMPT
     if not (has_content(chosen) and has_content(rejected)):
         return BLANK_RESPONSE
     if chosen == rejected:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from alignment.data.chat import ChatEncoder
 from alignment.data.control import Tokenizer
-from alignment.data.formats import Turns, prompt_of, wants_chat
+from alignment.data.formats import Turns, is_blank_question, prompt_of, wants_chat
 from alignment.data.order import DataOrder
 from alignment.data.places import WHOLE_SOURCE, Places
-from alignment.data.report import PROMPT_TOO_LONG, DataReport, Tally
+from alignment.data.report import BLANK_PROMPT, PROMPT_TOO_LONG, DataReport, Tally
 from alignment.types import Prompt, UserInputError
 
 Style = Literal["auto", "chat", "plain"]
@@ -55,6 +55,9 @@ def build_prompts(
     for index, row in enumerate(rows):
         where = places.name(index)
         turns = with_system(prompt_of(row, chat=chat, where=where), system, where)
+        if is_blank_question(turns):
+            tally.drop(index, BLANK_PROMPT)
+            continue
         ids, text = encoder.prompt(turns, where=where)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
             if too_long == "error":
@@ -65,7 +68,7 @@ def build_prompts(
             tally.drop(index, PROMPT_TOO_LONG)
             continue
         tally.keep(index)
-        prompts.append(Prompt(token_ids=ids, text=text, index=index, row=row))
+        prompts.append(Prompt(token_ids=ids, text=text, index=index, row=row, place=where))
     return prompts, tally.report()
 
 

@@ -13,6 +13,7 @@ TooLong = Literal["drop", "truncate", "error"]
 
 PROMPT_TOO_LONG = "the prompt leaves no room for a completion"
 TOO_LONG = "longer than the limit"
+BLANK_PROMPT = "a user's message is blank"
 NOTHING_TO_TRAIN_ON = "nothing to train on"
 
 

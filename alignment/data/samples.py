@@ -8,10 +8,10 @@ from typing import Any
 from alignment.data.chat import LossOn
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import demonstration_of, has_content
+from alignment.data.formats import demonstration_of, has_content, is_blank_question
 from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
-from alignment.data.report import NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
+from alignment.data.report import BLANK_PROMPT, NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
 from alignment.types import Sample
 
 
@@ -62,6 +62,9 @@ def build_samples(
         prompt, completion = demonstration_of(row, chat=encoder.chat, where=where)
         if not has_content(completion):
             tally.drop(index, NOTHING_TO_TRAIN_ON)
+            continue
+        if is_blank_question(prompt, completion):
+            tally.drop(index, BLANK_PROMPT)
             continue
         whole = encoder.encode(prompt, completion, loss_on=loss_on, where=where)
         sample, reason = encoder.fit(whole, where)

@@ -43,13 +43,7 @@ def file(
     Raises:
         UserInputError: no such file, an empty one, or a malformed row, named by file and line.
     """
-    location = Path(path).expanduser()
-    if not location.is_file():
-        what = "is a directory" if location.is_dir() else "does not exist"
-        raise UserInputError(
-            f"data file {path!r} {what} (looked at {location.absolute()}); paths are relative to "
-            "the working directory"
-        )
+    location = existing_file(path)
     kind = _kind(location, format)
     if kind not in _READERS:
         raise UserInputError(
@@ -62,12 +56,28 @@ def file(
     return rename_columns(rows, columns, str(location))
 
 
-def line_numbers(path: str, format: FileFormat = "auto") -> list[int] | None:
-    """The line of each row of a local file, counting from 1; None where rows are not lines."""
+def existing_file(path: str) -> Path:
+    """Where a data file is.
+
+    Raises:
+        UserInputError: there is none.
+    """
     location = Path(path).expanduser()
-    if _kind(location, format) != "jsonl":
-        return None
-    return [number for number, _ in _json_lines(location)]
+    if not location.is_file():
+        what = "is a directory" if location.is_dir() else "does not exist"
+        raise UserInputError(
+            f"data file {path!r} {what} (looked at {location.absolute()}); paths are relative to "
+            "the working directory"
+        )
+    return location
+
+
+def line_numbers(path: str, format: FileFormat = "auto") -> list[int] | None:
+    """The line that each row of a local file begins on, counting from 1; None where rows are not
+    lines."""
+    location = Path(path).expanduser()
+    lines = _LINES.get(_kind(location, format) or "")
+    return None if lines is None else [number for number, _ in lines(location)]
 
 
 def hub(
@@ -153,20 +163,28 @@ def _read_json(path: Path) -> Iterable[Row]:
 
 
 def _read_csv(path: Path) -> Iterable[Row]:
+    for _, row in _csv_lines(path):
+        yield row
+
+
+def _csv_lines(path: Path) -> Iterable[tuple[int, Row]]:
+    """The rows, each with the line that it begins on."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise UserInputError(f"{path}:1: a column name appears twice in {header}; rename one")
+        begins = reader.line_num + 1
         for cells in reader:
+            line, begins = begins, reader.line_num + 1
             if not cells:
                 continue
             if len(cells) != len(header):
                 raise UserInputError(
-                    f"{path}:{reader.line_num}: {len(cells)} values for {len(header)} columns "
+                    f"{path}:{line}: {len(cells)} values for {len(header)} columns "
                     f"({', '.join(header)}); quote values that hold commas or line breaks"
                 )
-            yield dict(zip(header, cells, strict=True))
+            yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserInputError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
 
@@ -180,6 +198,10 @@ def _read_parquet(path: Path) -> Iterable[Row]:
     return rows
 
 
+_LINES: dict[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
+    "jsonl": _json_lines,
+    "csv": _csv_lines,
+}
 _READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,

@@ -9,10 +9,10 @@ from typing import Any
 
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import Turns, steps_of
+from alignment.data.formats import Turns, is_blank_question, steps_of
 from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
-from alignment.data.report import PROMPT_TOO_LONG, DataReport, Tally, TooLong
+from alignment.data.report import BLANK_PROMPT, PROMPT_TOO_LONG, DataReport, Tally, TooLong
 from alignment.types import Sample, SteppedSample, UserInputError
 
 BLANK_STEP = "a step is blank"
@@ -97,6 +97,8 @@ def _marked(
     """The whole answer with its step ends marked, or why it cannot be used."""
     if not all(step.strip() for step in steps):
         return BLANK_STEP
+    if is_blank_question(prompt):
+        return BLANK_PROMPT
     text = separator.join(steps)
     answer: Turns = [{"role": "assistant", "content": text}] if encoder.chat else text
     sample = encoder.encode(prompt, answer, where=where)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from alignment.modeling import attention_cpu
 from alignment.types import AlignmentError
 
 NAME = "alignment_packed"
@@ -63,8 +64,9 @@ def packed_attention(
     Args:
         query: `[1, H, L, D]`.
         key, value: `[1, H_kv, L, D]`.
-        attention_mask: bool `[1, 1, L, W]`; column c of a token's row says whether it may look at
-            key c of its piece: the carried prompt's first, then the piece's own.
+        attention_mask: `[1, 1, L, W]`; column c of a token's row says whether it may look at key c
+            of its piece: the carried prompt's first, then the piece's own. Bool on a GPU, else
+            added to the scores.
         seams: where the row is cut.
 
     Returns:
@@ -88,6 +90,12 @@ def packed_attention(
             home, n = piece.prompt
             k = torch.cat((keys[home][:, :, :n], k), dim=2)
             v = torch.cat((values[home][:, :, :n], v), dim=2)
+        mask = masks[i][..., : k.shape[2]]
+        if not dropout and attention_cpu.is_faster(queries[i], k, v):
+            out.append(
+                attention_cpu.attention(queries[i], k, v, mask, causal=piece.causal, scale=scaling)
+            )
+            continue
         # On a GPU no fast kernel takes both a mask and heads that share keys.
         shares = n_shared > 1 and (piece.causal or query.device.type == "cpu")
         if n_shared > 1 and not shares:
@@ -97,7 +105,7 @@ def packed_attention(
                 queries[i],
                 k,
                 v,
-                attn_mask=None if piece.causal else masks[i][..., : k.shape[2]],
+                attn_mask=None if piece.causal else mask,
                 is_causal=piece.causal,
                 dropout_p=dropout,
                 scale=scaling,

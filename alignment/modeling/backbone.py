@@ -166,9 +166,11 @@ class Backbone:
         }
 
     def _as_mask(self, allowed: Tensor) -> Tensor:
-        if self.config._attn_implementation == "sdpa":
+        sdpa = self.config._attn_implementation == "sdpa"
+        if sdpa and allowed.device.type != "cpu":
             return allowed
-        low = torch.finfo(self.dtype).min
+        # A CPU's kernels add a mask to the scores: made once here, not once in each layer.
+        low = -torch.inf if sdpa else torch.finfo(self.dtype).min
         return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill(
             ~allowed, low
         )

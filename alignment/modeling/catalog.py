@@ -130,6 +130,17 @@ def resolve(path_or_name: str) -> Path | str:
     """
     if path_or_name in _ENTRIES:
         return fetch(path_or_name)
+    return local_directory(path_or_name) or path_or_name
+
+
+def local_directory(path_or_name: str) -> Path | None:
+    """The directory that it names; None for a catalogue name, and for what can be a hub id.
+
+    Raises:
+        UserInputError: as `resolve`.
+    """
+    if path_or_name in _ENTRIES:
+        return None
     path = Path(path_or_name).expanduser()
     if (path / "run.json").is_file():
         raise UserInputError(
@@ -146,7 +157,7 @@ def resolve(path_or_name: str) -> Path | str:
             f"model path {path_or_name!r}: no such directory ({path.absolute()}); give an existing "
             f"directory, a hub id like 'org/name', or one of: {', '.join(sorted(_ENTRIES))}"
         )
-    return path_or_name
+    return None
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

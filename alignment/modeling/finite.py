@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from alignment.modeling.shards import own_part
+from alignment.modeling.shards import held, own_part
 from alignment.types import AlignmentError
 
 
@@ -27,7 +27,7 @@ def first_nonfinite(model: nn.Module) -> str | None:
     Of sharded weights this rank looks at its own parts: the others may be doing something else.
     """
     for name, parameter in model.named_parameters():
-        if not bool(own_part(parameter.detach()).isfinite().all()):
+        if not bool(own_part(held(parameter)).isfinite().all()):
             return name
     return None
 

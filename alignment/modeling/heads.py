@@ -13,7 +13,7 @@ from alignment.modeling.backbone import Backbone
 from alignment.modeling.memory import TokenCap, micro_batched
 from alignment.modeling.packing import Reads, plan_micro_batches
 from alignment.modeling.scorer import Values, choose_layout, read_values
-from alignment.modeling.shards import MakeShards, Shards, Skeleton, Whole, gathered_tree
+from alignment.modeling.shards import MakeShards, Shards, Skeleton, Whole, gathered_tree, held
 from alignment.types import Sample
 
 
@@ -85,15 +85,17 @@ class ScalarModel(nn.Module):
         ranks that do not keep it. Every rank calls this."""
         if self._skeleton is None:
             return self
-        weights = gathered_tree(dict(self.named_parameters()), keep=keep)
+        weights = gathered_tree({n: held(p) for n, p in self.named_parameters()}, keep=keep)
         return self._skeleton.filled(weights) if keep else None
 
     def plan(
         self, samples: Sequence[Sample], token_budget: int, *, together: int = 1
     ) -> list[list[int]]:
-        """Micro-batches for these samples on this architecture."""
+        """Micro-batches for these samples on this architecture, whichever way they are read."""
         shares = self.backbone.plain_reason is None
-        return plan_micro_batches(samples, token_budget, share_prompts=shares, together=together)
+        return plan_micro_batches(
+            samples, token_budget, reads="after", share_prompts=shares, together=together
+        )
 
     @torch.no_grad()
     def values(self, samples: Sequence[Sample], token_budget: int, *, reads: Reads) -> list[Tensor]:

@@ -19,6 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import catalog, resolve
+from alignment.modeling.rms_norm import replace_rms_norms
+from alignment.modeling.template_file import BUILT_IN, template_file
 from alignment.modeling.tiny import CHATML
 from alignment.types import UserInputError
 
@@ -136,7 +138,7 @@ def load_causal_lm(
         if lora is not None:
             _refuse_other_adapter(model, lora, str(path))
     elif lora is not None:
-        model = add_lora(model, lora, seed=seed, base_name=_portable_name(path, source))
+        model = add_lora(model, lora, seed=seed, base_name=portable_name(path, source))
     return model
 
 
@@ -274,6 +276,7 @@ def load_pretrained(
             "which would be random; give a complete model"
         )
     model.config.use_cache = False
+    replace_rms_norms(model)
     return model.eval(), sorted(info["unexpected_keys"])
 
 
@@ -285,7 +288,7 @@ def _load_base(source: Path | str, *settings: Any) -> nn.Module:
     return model
 
 
-def _portable_name(path: str | Path, source: Path | str) -> str:
+def portable_name(path: str | Path, source: Path | str) -> str:
     """How a saved adapter names its base: a catalogue model by name, valid on every machine."""
     is_catalogued = str(path) in {entry.name for entry in catalog()}
     return str(path) if is_catalogued else str(source)
@@ -297,6 +300,19 @@ def base_of(adapter: Path) -> Path | str:
     Raises:
         UserInputError: it does not say, or there is no such model.
     """
+    name = base_name(adapter)
+    try:
+        return resolve(name)
+    except UserInputError as error:
+        raise UserInputError(f"adapter {str(adapter)!r}, its base model: {error}") from error
+
+
+def base_name(adapter: Path) -> str:
+    """What an adapter calls the model that it is for.
+
+    Raises:
+        UserInputError: it does not say.
+    """
     config = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if not name:
@@ -304,10 +320,7 @@ def base_of(adapter: Path) -> Path | str:
             f"adapter {str(adapter)!r} does not say what model it is for; set "
             f"base_model_name_or_path in its {ADAPTER_FILE}"
         )
-    try:
-        return resolve(name)
-    except UserInputError as error:
-        raise UserInputError(f"adapter {str(adapter)!r}, its base model: {error}") from error
+    return str(name)
 
 
 def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
@@ -355,17 +368,10 @@ def _linear_names(model: nn.Module) -> str:
 
 
 def _read_template(chat_template: str) -> str:
-    if chat_template == "chatml":
-        return CHATML
-    if "{{" in chat_template or "{%" in chat_template:
-        return chat_template
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
-        raise UserInputError(
-            f"chat template {chat_template!r} is neither a file ({path.absolute()}), nor the text "
-            "of a Jinja template, nor 'chatml'"
-        )
-    return path.read_text(encoding="utf-8")
+    path = template_file(chat_template)
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    return CHATML if chat_template == BUILT_IN else chat_template
 
 
 def _weight_files(directory: Path) -> Iterator[Path]:

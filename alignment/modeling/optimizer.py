@@ -11,18 +11,71 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from alignment.modeling.shards import assign_, first_elements, like, whole
+from alignment.modeling.shards import Kept, assign_, first_elements, like, own_part, whole
 from alignment.types import AlignmentError
 
-# Elements looked at in each tensor to tell what share of the weights a step moved.
-_PROBE = 4096
+PROBE = 4096
+"""Elements looked at in each tensor to tell what share of the weights a step moved."""
+
+OTHER_PARAMETERS = (
+    "the optimizer's state in the checkpoint is of other parameters than those that are trained; "
+    "resume with the recipe the run was started with"
+)
 
 SumCounts = Callable[[Sequence[float]], Sequence[float]]
+
+
+class Optimizer(Protocol):
+    """What an update asks of an optimizer.
+
+    Attributes:
+        base_lr: the learning rate it was made with.
+    """
+
+    base_lr: float
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Accumulated gradients in a fixed order; zeros where nothing has arrived."""
+        ...
+
+    def set_lr(self, lr: float) -> None: ...
+
+    def clip_(self, max_norm: float | None) -> float:
+        """Global gradient norm (L2) before clipping; gradients are scaled to `max_norm` if set."""
+        ...
+
+    def step(self) -> float:
+        """Update the weights and drop the gradients.
+
+        Returns:
+            the share of (sampled) compute weights that changed. Near zero, the updates are
+            smaller than the weights' precision and the run learns nothing.
+        """
+        ...
+
+    def scale_(self, name: str, factor: float) -> None:
+        """Multiply one trained tensor by `factor`, its master first. AdamW's moments stay."""
+        ...
+
+    def drop_gradients(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step counts by parameter name, and the masters where they differ."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore strictly, once the weights are restored.
+
+        Raises:
+            AlignmentError: the state is of other parameters.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +131,6 @@ class MasterWeightOptimizer:
 
     @property
     def gradients(self) -> list[Tensor]:
-        """Accumulated gradients in a fixed order; zeros where nothing has arrived."""
         for master in self._masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -90,7 +142,6 @@ class MasterWeightOptimizer:
 
     @torch.no_grad()
     def clip_(self, max_norm: float | None) -> float:
-        """Global gradient norm (L2) before clipping; gradients are scaled to `max_norm` if set."""
         gradients = self.gradients
         norm = float(whole(nn.utils.get_total_norm(gradients)))
         if max_norm is not None and math.isfinite(norm) and norm > max_norm:
@@ -99,12 +150,6 @@ class MasterWeightOptimizer:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Update the weights and drop the gradients.
-
-        Returns:
-            the share of (sampled) compute weights that changed. Near zero, the updates are
-            smaller than the weights' precision and the run learns nothing.
-        """
         before = self._probe()
         self._adamw.step()
         for name, parameter in self._parameters.items():
@@ -120,7 +165,6 @@ class MasterWeightOptimizer:
 
     @torch.no_grad()
     def scale_(self, name: str, factor: float) -> None:
-        """Multiply one trained tensor by `factor`, its master first. AdamW's moments stay."""
         self._masters[name].mul_(factor)
         if self._masters[name] is not self._parameters[name]:
             self._parameters[name].copy_(self._masters[name])
@@ -131,7 +175,6 @@ class MasterWeightOptimizer:
             parameter.grad = None  # a backward pass that failed may have left its own behind
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and step counts by parameter name, and the masters where they differ."""
         moments = {
             name: dict(self._adamw.state[master])
             for name, master in self._masters.items()
@@ -141,18 +184,10 @@ class MasterWeightOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore strictly.
-
-        Raises:
-            AlignmentError: the state is of other parameters.
-        """
-        masters, moments_of = self._own_masters(), set(state["moments"])
-        # An update moves all parameters: either all have moments, or none before the first one.
-        if set(state["masters"]) != set(masters) or moments_of not in (set(), set(self._masters)):
-            raise AlignmentError(
-                "the optimizer's state in the checkpoint is of other parameters than those that "
-                "are trained; resume with the recipe the run was started with"
-            )
+        masters = self._own_masters()
+        if set(state["masters"]) != set(masters):
+            raise AlignmentError(OTHER_PARAMETERS)
+        check_moments(state["moments"], self._masters)
         for name, master in masters.items():
             assign_(master, state["masters"][name])
             self._parameters[name].copy_(master)
@@ -165,7 +200,34 @@ class MasterWeightOptimizer:
         return {n: m for n, m in self._masters.items() if m is not self._parameters[n]}
 
     def _probe(self) -> list[Tensor]:
-        return [first_elements(parameter, _PROBE) for parameter in self._parameters.values()]
+        return [first_elements(parameter, PROBE) for parameter in self._parameters.values()]
+
+
+def check_moments(moments: Mapping[str, Mapping[str, Tensor]], masters: Mapping[str, Kept]) -> None:
+    """Refuse what AdamW cannot go on from: its fused step reads beyond a moment that is too short.
+
+    An update moves all parameters: either all have moments, or none before the first one.
+
+    Args:
+        moments: whole ones, by the parameter's name.
+
+    Raises:
+        AlignmentError: they are not the moments of these masters.
+    """
+    if not moments:
+        return
+    found = {
+        name: {key: (value.shape, value.dtype) for key, value in of_one.items()}
+        for name, of_one in moments.items()
+    }
+    if found != {name: _moments_of(master) for name, master in masters.items()}:
+        raise AlignmentError(OTHER_PARAMETERS)
+
+
+def _moments_of(master: Kept) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shapes and dtypes of what fused AdamW keeps for a tensor."""
+    own = (master.shape, own_part(master).dtype)
+    return {"step": (torch.Size(()), torch.float32), "exp_avg": own, "exp_avg_sq": own}
 
 
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:

@@ -81,6 +81,7 @@ def plan_micro_batches(
     samples: Sequence[Sample],
     token_budget: int,
     *,
+    reads: Reads = "before",
     share_prompts: bool = True,
     together: int = 1,
 ) -> list[list[int]]:
@@ -90,6 +91,7 @@ def plan_micro_batches(
     longer than the budget gets a micro-batch of its own. The plan depends on the samples only.
 
     Args:
+        reads: what the pass will read; `after`, a completion's last token is an input too.
         together: samples 0 to k-1, k to 2k-1, ... are never parted: a loss needs them at once (2
             for pairs in the order chosen, rejected).
 
@@ -100,11 +102,13 @@ def plan_micro_batches(
     blocks: list[tuple[tuple[int, ...], int]]
     if together > 1:
         starts = range(0, len(samples), together)
-        blocks = [_block(samples, range(s, s + together), most, share_prompts) for s in starts]
+        blocks = [
+            _block(samples, range(s, s + together), most, share_prompts, reads) for s in starts
+        ]
     elif share_prompts:
-        blocks = [(u.members, u.length) for u in _units(samples, range(len(samples)), most)]
+        blocks = [(u.members, u.length) for u in _units(samples, range(len(samples)), most, reads)]
     else:
-        blocks = [_block(samples, range(i, i + 1), most, False) for i in range(len(samples))]
+        blocks = [_block(samples, range(i, i + 1), most, False, reads) for i in range(len(samples))]
     batches: list[list[int]] = []
     room = 0
     for members, length in blocks:
@@ -312,13 +316,17 @@ def _n_inputs(sample: Sample, reads: Reads) -> int:
 
 
 def _block(
-    samples: Sequence[Sample], indices: Sequence[int], most: int, share_prompts: bool
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    most: int,
+    share_prompts: bool,
+    reads: Reads,
 ) -> tuple[tuple[int, ...], int]:
     """Samples that stay together, and the tokens they cost."""
     if share_prompts:
-        units = _units(samples, indices, most)
+        units = _units(samples, indices, most, reads)
     else:
-        units = [_unit(samples, (i,), "before") for i in indices]
+        units = [_unit(samples, (i,), reads) for i in indices]
     return tuple(indices), sum(unit.length for unit in units)
 
 
@@ -329,7 +337,7 @@ def _unit(samples: Sequence[Sample], members: tuple[int, ...], reads: Reads) -> 
 
 
 def _units(
-    samples: Sequence[Sample], indices: Sequence[int], most: int, reads: Reads = "before"
+    samples: Sequence[Sample], indices: Sequence[int], most: int, reads: Reads
 ) -> list[_Unit]:
     """Group samples by prompt, in order of first appearance, at most `most` tokens a unit."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}

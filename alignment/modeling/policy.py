@@ -25,7 +25,7 @@ from alignment.modeling.scorer import (
     read_values,
     score,
 )
-from alignment.modeling.shards import MakeShards, Shards, Skeleton, Whole, gathered_tree
+from alignment.modeling.shards import MakeShards, Shards, Skeleton, Whole, gathered_tree, held
 from alignment.types import AlignmentError, Sample, SamplingParams, UserInputError
 
 
@@ -111,7 +111,7 @@ class PolicyWithReference(nn.Module):
         on the ranks that do not keep it. Every rank calls this."""
         if self._skeleton is None:
             return self.model
-        weights = gathered_tree(dict(self.model.named_parameters()), keep=keep)
+        weights = gathered_tree({n: held(p) for n, p in self.model.named_parameters()}, keep=keep)
         return self._skeleton.filled(weights) if keep else None
 
     def plan(

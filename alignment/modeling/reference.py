@@ -13,11 +13,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.cast import cast_parameters
-from alignment.modeling.shards import MakeShards, Shards, Whole, assign_, whole
+from alignment.modeling.shards import (
+    Kept,
+    MakeShards,
+    Shards,
+    Whole,
+    assign_,
+    copied,
+    held,
+    own_part,
+    whole,
+)
 from alignment.types import UserInputError
 
 
@@ -50,7 +59,7 @@ class Reference(Protocol):
         """Called after each step, for references that follow the policy."""
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Kept]:
         """What cannot be rebuilt from the policy's starting point."""
         ...
 
@@ -78,14 +87,14 @@ class AdapterOff:
         self.shards: Shards = Whole()
         self._model: Any = model
         self._backbone = Backbone(model)
-        self._initial = {name: p.detach().clone() for name, p in trainable(model).items()}
+        self._initial = {name: copied(held(p)) for name, p in trainable(model).items()}
         self._is_fresh = not any(
-            bool(t.any()) for name, t in self._initial.items() if "lora_B" in name
+            bool(own_part(t).any()) for name, t in self._initial.items() if "lora_B" in name
         ) and all("lora_" in name for name in self._initial)
 
     def shard(self, policys: Shards, make: MakeShards) -> None:
         self.shards = policys
-        self._initial = {name: p.detach().clone() for name, p in trainable(self._model).items()}
+        self._initial = {name: copied(held(p)) for name, p in trainable(self._model).items()}
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -158,7 +167,7 @@ class Fixed:
     def after_step(self, step: int) -> None:
         pass
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Kept]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -189,9 +198,9 @@ class Synced:
         self._mix = mix
         self._kept = self._taken()
 
-    def _taken(self) -> dict[str, Tensor]:
+    def _taken(self) -> dict[str, Kept]:
         return {
-            name: p.detach().to(torch.float32 if self._mix < 1.0 else p.dtype, copy=True)
+            name: copied(held(p), torch.float32 if self._mix < 1.0 else p.dtype)
             for name, p in trainable(self._model).items()
         }
 
@@ -214,10 +223,10 @@ class Synced:
         if step % self._every:
             return
         for name, parameter in trainable(self._model).items():
-            kept = self._kept[name]
-            kept.lerp_(parameter.detach().to(kept.dtype), self._mix)
+            kept = own_part(self._kept[name])
+            kept.lerp_(own_part(held(parameter)).to(kept.dtype), self._mix)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Kept]:
         return dict(self._kept)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -253,7 +262,7 @@ def make_reference(
 
 
 @contextmanager
-def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped(model: nn.Module, tensors: Mapping[str, Kept]) -> Iterator[None]:
     """Run with other values in the named parameters; the originals are back bit for bit after."""
     parameters = trainable(model)
     swaps = [_Swap(parameters[name], tensor) for name, tensor in tensors.items()]
@@ -273,27 +282,28 @@ class _Swap:
     values move. Else the parameter points elsewhere for a while.
     """
 
-    def __init__(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def __init__(self, parameter: nn.Parameter, value: Kept) -> None:
         self._parameter = parameter
-        self._value = value
-        self._moves = isinstance(parameter, DTensor)
-        self._original = parameter.detach().clone() if self._moves else parameter.data
+        self._value = own_part(value)
+        kept = held(parameter)
+        self._part = None if type(kept) is Tensor else own_part(kept)
+        self._original = parameter.data if self._part is None else self._part.clone()
 
     def enter(self) -> None:
-        if self._moves:
-            self._parameter.copy_(self._value)
-        else:
+        if self._part is None:
             self._parameter.data = self._value.to(self._original.dtype)
+        else:
+            self._part.copy_(self._value)
 
     def leave(self) -> None:
-        if self._moves:
-            self._parameter.copy_(self._original)
-        else:
+        if self._part is None:
             self._parameter.data = self._original
+        else:
+            self._part.copy_(self._original)
 
 
 @contextmanager
-def _whole_inside(tensors: dict[str, Tensor]) -> Iterator[None]:
+def _whole_inside(tensors: dict[str, Kept]) -> Iterator[None]:
     """These tensors whole while inside, for `swapped` on gathered weights."""
     parts = dict(tensors)
     tensors |= {name: whole(tensor) for name, tensor in parts.items()}

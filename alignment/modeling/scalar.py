@@ -19,7 +19,11 @@ from transformers.utils.logging import get_verbosity, set_verbosity
 
 from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import resolve
-from alignment.modeling.classifier_adapter import is_classifier_adapter, merged_classifier
+from alignment.modeling.classifier_adapter import (
+    is_classifier_adapter,
+    merged_classifier,
+    save_classifier_adapter,
+)
 from alignment.modeling.export import merged_copy
 from alignment.modeling.heads import ScalarHead, ScalarModel
 from alignment.modeling.load import (
@@ -29,6 +33,7 @@ from alignment.modeling.load import (
     add_lora,
     is_adapter,
     load_pretrained,
+    portable_name,
 )
 from alignment.modeling.padding import give_own_padding
 from alignment.types import UserInputError
@@ -81,7 +86,9 @@ def load_scalar_model(
     if dtype not in DTYPES:
         raise UserInputError(f"model dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     source = resolve(str(path))
+    base_name = portable_name(path, source)
     if is_classifier_adapter(source):
+        base_name = ""  # what it was merged to is nowhere on disk
         with _quiet():
             merged, weight = merged_classifier(Path(source), attention, trust_remote_code)
         decoder: Any = cast_parameters(merged, DTYPES[dtype])
@@ -104,7 +111,9 @@ def load_scalar_model(
         head.weight.copy_(weight)
     adapted: nn.Module = decoder
     if lora is not None:
-        adapted = add_lora(decoder, lora, seed=seed, task_type="FEATURE_EXTRACTION")
+        adapted = add_lora(
+            decoder, lora, seed=seed, base_name=base_name, task_type="FEATURE_EXTRACTION"
+        )
     return ScalarModel(adapted, head, router_loss=router_loss)
 
 
@@ -112,17 +121,19 @@ def save_scalar_model(model: ScalarModel, tokenizer: Any, folder: Path) -> None:
     """Write the model so that `load_scalar_model` and `AutoModelForSequenceClassification` load it.
 
     An adapter is merged on a copy, in float32 with one rounding at the end, as `save_policy` does:
-    what is loaded scores as that copy does. The model and the tokenizer in memory are untouched.
+    what is loaded scores as that copy does. Adapter and head are written beside it, in `adapter/`,
+    for peft and for `load_scalar_model`, which makes the same model of them. The model and the
+    tokenizer in memory are untouched.
 
     `AutoModelForSequenceClassification` reads a row at its last token that is not padding, so the
     saved tokenizer pads with a token that ends no text (`give_own_padding`). Architectures that
     transformers cannot classify with (Granite) are saved all the same, for `load_scalar_model`
-    alone, with a warning.
+    alone, with a warning, and without the adapter. An adapter on a model that is itself an adapter
+    beside its base is saved merged only.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    decoder: Any = model.decoder
-    if hasattr(decoder, "merge_and_unload"):
-        decoder = merged_copy(decoder)
+    adapted: Any = model.decoder if hasattr(model.decoder, "merge_and_unload") else None
+    decoder: Any = model.decoder if adapted is None else merged_copy(adapted)
     tokenizer = give_own_padding(tokenizer, decoder.get_input_embeddings().num_embeddings)
     config = decoder.config.__class__.from_dict(decoder.config.to_dict())
     config.num_labels = 1
@@ -131,18 +142,25 @@ def save_scalar_model(model: ScalarModel, tokenizer: Any, folder: Path) -> None:
     whole = _classifier(config, decoder, model.head)
     if whole is not None:
         whole.save_pretrained(folder)
+        if adapted is not None and adapted.peft_config["default"].base_model_name_or_path:
+            prefix = whole.base_model_prefix
+            save_classifier_adapter(adapted, model.head.weight, prefix, folder / "adapter")
     else:
-        logger.warning(
-            "%s has no sequence-classification form in transformers: the model in %s can be "
-            "loaded by load_scalar_model alone",
-            config.model_type,
-            folder,
-        )
-        weights = {**decoder.state_dict(), HEAD: model.head.weight.detach()}
-        decoder.save_pretrained(folder, state_dict=weights)
-        config.architectures = [type(decoder).__name__]
-        config.save_pretrained(folder)
+        _save_unclassified(config, decoder, model.head, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _save_unclassified(config: Any, decoder: Any, head: ScalarHead, folder: Path) -> None:
+    logger.warning(
+        "%s has no sequence-classification form in transformers: the model in %s can be loaded by "
+        "load_scalar_model alone",
+        config.model_type,
+        folder,
+    )
+    weights = {**decoder.state_dict(), HEAD: head.weight.detach()}
+    decoder.save_pretrained(folder, state_dict=weights)
+    config.architectures = [type(decoder).__name__]
+    config.save_pretrained(folder)
 
 
 def _classifier(config: Any, decoder: nn.Module, head: ScalarHead) -> Any:

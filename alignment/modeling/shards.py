@@ -10,13 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alignment.types import AlignmentError, Sample
+
+if TYPE_CHECKING:
+    from alignment.modeling.optimizer import AdamWOptions, Optimizer
 
 T = TypeVar("T")
 
@@ -36,11 +40,29 @@ class Shards(Protocol):
         ...
 
     def run(self, forward: Callable[[], T]) -> T:
-        """A forward pass through the model, its weights gathered on the way."""
+        """A forward pass through the model, its weights gathered on the way.
+
+        Args:
+            forward: gives a dataclass, whose tensors a backward pass may start from.
+        """
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass from a loss, its gradients accumulated; in lockstep, of all ranks."""
         ...
 
     def gathered(self) -> AbstractContextManager[None]:
         """All weights whole on every rank inside, where ranks then do what they like."""
+        ...
+
+    def own_optimizer(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        options: AdamWOptions,
+        *,
+        master_dtype: torch.dtype | None,
+    ) -> Optimizer | None:
+        """The optimizer that belongs to these shards; None where the usual one serves."""
         ...
 
 
@@ -55,8 +77,20 @@ class Whole:
     def run(self, forward: Callable[[], T]) -> T:
         return forward()
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def own_optimizer(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        options: AdamWOptions,
+        *,
+        master_dtype: torch.dtype | None,
+    ) -> None:
+        return None
 
 
 MakeShards = Callable[[nn.Module, nn.Module], Shards]
@@ -86,24 +120,73 @@ def zero_loss(*tensors: Tensor | None) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def whole(tensor: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """This rank's run of elements of a tensor that lies flat over all ranks (ZeRO).
+
+    local: the elements, where they are kept.
+    start: elements of the tensor before them.
+    shape: the tensor's.
+    """
+
+    local: Tensor
+    start: int
+    shape: torch.Size
+
+
+Kept = Tensor | Fragment
+"""What a rank keeps of a tensor: all of it, or (as a `DTensor` or a `Fragment`) a part."""
+
+
+def held(parameter: nn.Parameter) -> Kept:
+    """What this rank keeps of a parameter at the moment.
+
+    DeepSpeed's stage 3 leaves an empty tensor in its place between passes, and keeps this rank's
+    elements beside it, padded to the same length on every rank.
+    """
+    beside: Any = parameter
+    part: Tensor | None = getattr(beside, "ds_tensor", None)
+    if part is None or parameter.numel() == beside.ds_numel:
+        return parameter.detach()
+    start = torch.distributed.get_rank() * part.numel()
+    n = max(beside.ds_numel - start, 0)
+    return Fragment(part.detach().flatten()[:n], start, beside.ds_shape)
+
+
+def whole(tensor: Kept) -> Tensor:
     """A tensor with all its parts; every rank calls this."""
+    if isinstance(tensor, Fragment):
+        full = torch.zeros(tensor.shape, dtype=tensor.local.dtype, device=tensor.local.device)
+        own = full.flatten()[tensor.start : tensor.start + tensor.local.numel()]
+        own.copy_(tensor.local)
+        # Bit by bit: the other ranks have zeros there.
+        torch.distributed.all_reduce(full.flatten().view(torch.uint8))
+        return full
     if not isinstance(tensor, DTensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()
     return gathered
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def own_part(tensor: Kept) -> Tensor:
     """What this rank holds of a tensor."""
+    if isinstance(tensor, Fragment):
+        return tensor.local
     if not isinstance(tensor, DTensor):
         return tensor
     local: Tensor = tensor.to_local()
     return local
 
 
+def copied(tensor: Kept, dtype: torch.dtype | None = None) -> Kept:
+    """A copy, kept as the tensor is."""
+    if isinstance(tensor, Fragment):
+        return replace(tensor, local=tensor.local.to(dtype, copy=True))
+    return tensor.to(dtype, copy=True)
+
+
 @torch.no_grad()
-def assign_(tensor: Tensor, value: Tensor) -> None:
+def assign_(tensor: Kept, value: Tensor) -> None:
     """Put a whole value into a tensor of which this rank may hold a part.
 
     Raises:
@@ -114,7 +197,9 @@ def assign_(tensor: Tensor, value: Tensor) -> None:
             f"a tensor of shape {tuple(value.shape)} was saved where this run has one of shape "
             f"{tuple(tensor.shape)}"
         )
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, Fragment):
+        value = value.flatten()[tensor.start : tensor.start + tensor.local.numel()]
+    elif isinstance(tensor, DTensor):
         start, stop = _rows(tensor)
         value = value[start:stop]
     own_part(tensor).copy_(value)
@@ -129,12 +214,14 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def first_elements(tensor: Tensor, n: int) -> Tensor:
+def first_elements(tensor: Kept, n: int) -> Tensor:
     """This rank's share of the first `n` elements of a tensor, flat, copied."""
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, Fragment):
+        n = max(n - tensor.start, 0)
+    elif isinstance(tensor, DTensor):
         before = _rows(tensor)[0] * (tensor.numel() // tensor.shape[0])
         n = max(n - before, 0)
-    return own_part(tensor.detach()).flatten()[:n].clone()
+    return own_part(tensor).detach().flatten()[:n].clone()
 
 
 def _rows(tensor: DTensor) -> tuple[int, int]:
@@ -155,7 +242,7 @@ def gathered_tree(tree: Any, *, keep: bool) -> Any:
     """
     if isinstance(tree, Mapping):
         return {key: gathered_tree(value, keep=keep) for key, value in tree.items()}
-    if not isinstance(tree, DTensor):
+    if not isinstance(tree, DTensor | Fragment):
         return tree
     full = whole(tree)
     return full.cpu() if keep else torch.empty(0)

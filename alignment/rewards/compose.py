@@ -3,10 +3,12 @@ scored."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -102,6 +104,50 @@ class CompositeReward:
             close = getattr(part.reward, "close", None)
             if callable(close):
                 close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What parts keep between batches: name -> state, of those that have `state_dict` and
+        `load_state_dict`."""
+        return {name: keeper.state_dict() for name, keeper in self._keepers()}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Give the parts back what `state_dict` told of them.
+
+        Raises:
+            AlignmentError: other parts than these keep a state, or one does not take its own.
+        """
+        keepers = dict(self._keepers())
+        if keepers.keys() != states.keys():
+            raise AlignmentError(
+                f"a state was saved of the rewards {sorted(states) or 'none'}, and those that keep "
+                f"one are {sorted(keepers) or 'none'}; go on with the rewards that the run had"
+            )
+        for name, keeper in keepers.items():
+            try:
+                keeper.load_state_dict(states[name])
+            except Exception as error:
+                raise AlignmentError(
+                    f"reward {name!r} does not take back the state that it gave: "
+                    f"{type(error).__name__}: {error}; mend its load_state_dict"
+                ) from error
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever is graded inside, parts keep the state that they had before."""
+        before = copy.deepcopy(self.state_dict())
+        try:
+            yield
+        finally:
+            self.load_state_dict(before)
+
+    def _keepers(self) -> Iterator[tuple[str, Any]]:
+        for part in self.parts:
+            keeper = (
+                part.reward.function if isinstance(part.reward, FunctionReward) else part.reward
+            )
+            methods = (getattr(keeper, name, None) for name in ("state_dict", "load_state_dict"))
+            if all(map(callable, methods)):
+                yield part.name, keeper
 
     def _combine(self, item: Item, scores: Sequence[Score | None]) -> RewardedCompletion:
         prompt, completion = item
@@ -247,7 +293,8 @@ def _failed_parts(item: RewardedCompletion) -> list[tuple[str, Score]]:
 
 def _nothing_applies(parts: Sequence[NamedReward], prompt: Prompt, completion: Completion) -> str:
     names = ", ".join(repr(part.name) for part in parts if part.counts)
+    place = f" ({prompt.place})" if prompt.place else ""
     return (
-        f"no reward applies to sample {completion.sample_index} of prompt {prompt.index}: "
+        f"no reward applies to sample {completion.sample_index} of prompt {prompt.index}{place}: "
         f"{names} returned None; drop such rows, or add a reward that scores them"
     )

@@ -32,6 +32,11 @@ class Reward(Protocol):
     Rewards that tell right from wrong set the attribute `is_verifier = True`; those that hold
     processes or files have a method `close()`; those that read token ids have a method
     `bind(tokenizer)`, called once with the policy's tokenizer. None of them is required.
+
+    A reward that keeps something from one batch to the next (a running mean) has `state_dict()` and
+    `load_state_dict(state)`, as torch's modules do: its state is then part of every checkpoint, and
+    evaluations leave it as it was. It is a tree of tensors, arrays, numbers and text
+    (`alignment.runs.state_tree`). What a reward keeps without them is lost when a run is resumed.
     """
 
     def __call__(self, items: Sequence[Item], /) -> Sequence[Score | None]:
@@ -91,7 +96,7 @@ class FunctionReward:
             )
         self.name = name
         self.is_verifier: bool = getattr(function, "is_verifier", False)
-        self._function = function
+        self.function = function
         self._options = dict(options)
         self._signature = _signature(function)
         if self._signature is not None:
@@ -112,7 +117,7 @@ class FunctionReward:
         if self._signature is not None:
             arguments = _accepted(self._signature, arguments)
             self._refuse_missing_columns(self._signature, arguments, items[0][0])
-        return self._function(**arguments)
+        return self.function(**arguments)
 
     def _refuse_unknown_options(self, signature: inspect.Signature) -> None:
         unknown = sorted(set(self._options) - set(_accepted(signature, self._options)))
@@ -130,7 +135,7 @@ class FunctionReward:
         except TypeError as error:
             columns = ", ".join(sorted(prompt.row)) or "none"
             raise RewardError(
-                f"reward {self.name!r} cannot be called for prompt {prompt.index}: {error}. "
+                f"reward {self.name!r} cannot be called for {prompt.row_name}: {error}. "
                 f"Columns of its row: {columns}. Rename a column, give the argument as an option, "
                 "or give it a default"
             ) from error

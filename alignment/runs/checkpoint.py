@@ -38,7 +38,7 @@ from alignment.runs.files import (
     sync_directory,
     write_synced,
 )
-from alignment.runs.snapshot import Snapshot, take_snapshot
+from alignment.runs.snapshot import Snapshot
 from alignment.runs.state_tree import decode_tree, tensor_bytes
 from alignment.types import AlignmentError, UserInputError
 
@@ -94,18 +94,6 @@ def write_checkpoint(
             raise
     _retain(directory, path, keep, scores or {})
     return path
-
-
-def save_checkpoint(
-    directory: Path | str,
-    step: int,
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    scores: Mapping[int, float] | None = None,
-) -> Path:
-    """`take_snapshot` and `write_checkpoint` in one go."""
-    return write_checkpoint(directory, step, take_snapshot(state), keep=keep, scores=scores)
 
 
 def clear_up(directory: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from alignment.runs.files import (
 from alignment.types import AlignmentError, UserInputError
 
 _TAKEN_ERRNOS = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+_UNUSABLE_ERRNOS = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class RunDirectory:
         recipe that differs replaces the old one, which is kept as `recipe-1.yaml` (2, 3, ...).
 
         Raises:
-            UserInputError: the name is no folder name, or exists and `resume` is off.
+            UserInputError: the name is no folder name, or exists and `resume` is off; `root` is no
+                folder, or not one that can be written to.
             AlignmentError: the folder cannot be made or written, with the reason.
         """
         _check_name(name)
@@ -60,7 +63,7 @@ class RunDirectory:
             return _take_up(cls(path), recipe_yaml, info)
         if os.path.lexists(path):
             raise _taken(path)
-        with readable_errors("create the folder", Path(root)):
+        with _usable_root("create the folder", Path(root)):
             Path(root).mkdir(parents=True, exist_ok=True)
         _create_whole(path, recipe_yaml, info)
         return cls(path)
@@ -156,13 +159,26 @@ class RunDirectory:
         return info
 
 
+@contextlib.contextmanager
+def _usable_root(doing: str, root: Path) -> Iterator[None]:
+    """As `readable_errors`; a root that cannot hold a run at all is the user's mistake."""
+    try:
+        with readable_errors(doing, root):
+            yield
+    except AlignmentError as error:
+        if getattr(error.__cause__, "errno", None) in _UNUSABLE_ERRNOS:
+            raise UserInputError(f"run.dir: {error}") from error
+        raise
+
+
 def _create_whole(path: Path, recipe_yaml: str, info: Mapping[str, Any]) -> None:
     """Build the folder under a temporary name, and give it its own by one rename."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(4)}")
     run = RunDirectory(temporary)
     with readable_errors("create the run", path):
         try:
-            temporary.mkdir()
+            with _usable_root("create a run in", path.parent):
+                temporary.mkdir()
             write_atomic(run.recipe, recipe_yaml)
             write_atomic(run.info, _as_json(info))
             os.rename(temporary, path)  # fails where another process took the name meanwhile

@@ -22,21 +22,25 @@ LAUNCHER = "ALIGN_LAUNCHER_PID"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Why a rank ended: its exit code, and what it would have said by itself."""
+    """Why a rank ended: its exit code, and what it would have said by itself.
+
+    hang: whether its watch ended it because a rank, this one or another, hangs.
+    """
 
     rank: int
     code: int
     message: str
     time: float
+    hang: bool = False
 
 
-def report(message: str, code: int) -> bool:
+def report(message: str, code: int, *, hang: bool = False) -> bool:
     """Leave a message with the launcher; False where this process has none, and speaks itself."""
     folder = os.environ.get(REPORTS)
     if not folder or "RANK" not in os.environ:
         return False
     rank = int(os.environ["RANK"])
-    text = json.dumps(asdict(Report(rank, code, message, time.time())))
+    text = json.dumps(asdict(Report(rank, code, message, time.time(), hang)))
     path = Path(folder) / f"rank-{rank}.json"
     try:  # in one step: the process may be killed while it says why it ends
         path.with_suffix(".tmp").write_text(text, encoding="utf-8")

@@ -44,6 +44,10 @@ GRACE_BEATS = 3
 """So long a rank that lost another may still fail by itself, with the error of its exchange."""
 SILENT_SECONDS = 60.0
 """A rank on another machine is taken for dead when its heartbeat has not changed for so long."""
+LOADING = "loading"
+"""The phase in which bytes read and written are movement, too."""
+LOADED_BYTES = 2**20
+"""As many of them as that. The watch itself writes a few hundred at a time."""
 
 _EXCHANGE_ERROR = re.compile(r"gloo|nccl|c10d|process ?group", re.I)
 
@@ -90,7 +94,8 @@ class Watch:
     """Watches the training thread of this rank, as a context manager around a run.
 
     Args:
-        run: the run's folder.
+        run: the run's folder; None while there is none yet. Ranks then know nothing of each other,
+            and the stacks of one that hangs go to standard error.
         hang_minutes: how long nothing may move; 0 watches for lost ranks only.
 
     Raises (on leaving):
@@ -99,7 +104,7 @@ class Watch:
     """
 
     def __init__(
-        self, run: Path, events: EventLog, *, rank: int, world_size: int, hang_minutes: float
+        self, run: Path | None, events: EventLog, *, rank: int, world_size: int, hang_minutes: float
     ) -> None:
         self._run = run
         self._events = events
@@ -113,6 +118,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._first_seen: dict[int, tuple[float, float]] = {}
         self._lost_since: float | None = None
+        self._bytes = 0
 
     def __enter__(self) -> Watch:
         ACTIVITY.restart()
@@ -143,11 +149,18 @@ class Watch:
             asleep, woke = time.monotonic() - woke, time.monotonic()
             if self._limit and asleep > self._limit / 2:  # the whole process stood still
                 ACTIVITY.move()
+            self._note_loading()
             self._write()
             verdict = self._judge()
             with self._lock:
                 if verdict is not None and not self._done.is_set():
                     self._end(verdict)
+
+    def _note_loading(self) -> None:
+        """A download or a slow disk tells nobody how far it has come."""
+        if ACTIVITY.phase == LOADING and (moved := bytes_moved()) - self._bytes >= LOADED_BYTES:
+            self._bytes = moved
+            ACTIVITY.move()
 
     def _judge(self) -> Verdict | None:
         if is_orphan():
@@ -172,7 +185,7 @@ class Watch:
         own = self._beat()
         message = verdict.message
         if verdict.kind == "hang":
-            message += f"; the stacks of its threads are in {self._write_stacks(message)}"
+            message += f"; the stacks of its threads are {self._write_stacks(message)}"
         with suppress(AlignmentError):
             self._events.write(
                 verdict.kind,
@@ -187,7 +200,7 @@ class Watch:
             )
         self._write(ended=verdict.message)
         advice = "give the same command again to go on from the last checkpoint"
-        if not report(f"{message}; {advice}", 1):
+        if not report(f"{message}; {advice}", 1, hang=verdict.kind == "hang"):
             Console(stderr=True).print(
                 f"align: {message}; {advice}", markup=False, highlight=False, soft_wrap=True
             )
@@ -196,13 +209,17 @@ class Watch:
             sys.stderr.flush()
         os._exit(1)
 
-    def _write_stacks(self, message: str) -> Path:
+    def _write_stacks(self, message: str) -> str:
+        """Where they are."""
+        if self._run is None:
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            return "above"
         path = self._run / f"hang-rank{self._rank}.txt"
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             file.write(f"{message}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        return path
+        return f"in {path}"
 
     def _lost_by(self, error: BaseException) -> Verdict | None:
         """What an error of an exchange says about the others; None for any other error."""
@@ -268,13 +285,15 @@ class Watch:
     def _others(self) -> list[Beat]:
         """What the other ranks last wrote; a rank that has not begun is left out. One whose watch
         cannot write either (a call that lets no other thread run) grows idle all the same."""
+        if self._run is None:
+            return []
         found = (read_beat(self._run, r) for r in range(self._world_size) if r != self._rank)
         beats = [beat for beat in found if beat is not None]
         return [replace(beat, idle=beat.idle + self._age(beat)) for beat in beats]
 
     def _write(self, ended: str = "") -> None:
         """Let the others know; without them there is nobody to read it."""
-        if self._world_size == 1:
+        if self._run is None or self._world_size == 1:
             return
         path = beat_path(self._run, self._rank)
         temporary = path.with_suffix(".tmp")
@@ -284,7 +303,7 @@ class Watch:
             os.replace(temporary, path)
 
     def _remove(self) -> None:
-        if self._world_size == 1:
+        if self._run is None or self._world_size == 1:
             return
         with suppress(OSError):  # the folder goes with the last of them
             beat_path(self._run, self._rank).unlink(missing_ok=True)
@@ -338,6 +357,17 @@ def read_beat(run: Path, rank: int) -> Beat | None:
 def clock(seconds: float) -> str:
     """A time in UTC, to the second."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%H:%M:%S UTC")
+
+
+def bytes_moved() -> int:
+    """What this process has read and written so far, caches included; 0 where the system does not
+    say."""
+    try:
+        counters = psutil.Process().io_counters()
+    except (AttributeError, OSError, psutil.Error):
+        return 0
+    names = ("read_chars", "write_chars", "read_bytes")
+    return sum(getattr(counters, name, 0) for name in names)
 
 
 def _is_of_exchange(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from alignment.config.schema import Recipe
 from alignment.data.order import DataOrder
 from alignment.distributed import Distributed
 from alignment.modeling.heads import ScalarModel
-from alignment.modeling.optimizer import MasterWeightOptimizer
+from alignment.modeling.optimizer import Optimizer
 from alignment.modeling.policy import PolicyWithReference
 from alignment.rewards.compose import CompositeReward
 from alignment.rollout.collect import Complete
@@ -79,7 +79,7 @@ class Trained:
     """A model and the optimizer that moves it; no optimizer where the method only makes data."""
 
     model: PolicyWithReference | ScalarModel
-    optimizer: MasterWeightOptimizer | None
+    optimizer: Optimizer | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 
 from alignment.activity import doing
-from alignment.config.load import load_recipe
 from alignment.config.model import ReferenceConfig
 from alignment.config.options import resolve, validate_options
 from alignment.config.schema import Recipe, TaskConfig
@@ -23,7 +23,6 @@ from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.reference import Fixed, FrozenCopy
 from alignment.modeling.scorer import choose_layout
 from alignment.rollout.engine import RolloutEngine
-from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.sampling import sampling_params
@@ -77,15 +76,19 @@ class Evaluator:
     def run(self, step: int) -> dict[str, float]:
         """Evaluate, save `<task>-step-NNNNNN`, and return `eval/<task>/<metric>`.
 
-        Evaluation draws no random number that training uses: sampling is counter-based. Rank 0
-        evaluates alone; sharded weights are whole for that long.
+        Evaluation draws no random number that training uses: sampling is counter-based; and
+        rewards keep nothing of it. Rank 0 evaluates alone; sharded weights are whole for that long.
         """
         tasks = self.context.recipe.eval.tasks
         if not tasks:
             return {}
         model = self.context.trained.model
         scalar = isinstance(model, ScalarModel)
-        with model.gathered() if scalar else self.context.policy.gathered(reference=True):
+        rewards = self.context.rewards
+        with (
+            model.gathered() if scalar else self.context.policy.gathered(reference=True),
+            nullcontext() if rewards is None else rewards.unchanged(),
+        ):
             return self._run(step) if self.context.distributed.is_main else {}
 
     def _run(self, step: int) -> dict[str, float]:
@@ -278,32 +281,3 @@ def evaluate_model(
         finally:
             if context.rewards is not None:
                 context.rewards.close()
-
-
-def evaluate_command(
-    target: str, tasks: Sequence[TaskConfig], *, data_from: Recipe | None = None
-) -> dict[str, Any]:
-    """What `align eval` runs: tasks on a finished run's model, or on a model with a recipe's data.
-
-    Args:
-        target: a run folder, or a model path with `data_from`.
-        data_from: recipe for data, rewards and sampling; by default the run's own.
-
-    Raises:
-        UserInputError: neither is given.
-    """
-    path = Path(target)
-    model = target
-    if (path / "recipe.yaml").is_file():
-        own = load_recipe(path / "recipe.yaml")
-        if not isinstance(own, Recipe):
-            raise UserInputError(
-                f"{target} is a pipeline; name one of its stages: {target}/stages/"
-            )
-        data_from = data_from or own
-        model = str(RunDirectory.open(path).model_dir)
-    if data_from is None:
-        raise UserInputError(
-            f"{target} is not a run, so there is no data to evaluate on; add --recipe RECIPE"
-        )
-    return evaluate_model(data_from, model, tasks, seed=data_from.run.seed)

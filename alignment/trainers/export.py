@@ -19,6 +19,7 @@ from alignment.modeling.export import save_policy
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.load import (
     DTYPES,
+    base_name,
     is_adapter,
     load_causal_lm,
     load_tokenizer,
@@ -90,9 +91,7 @@ def _model(named: NamedModel, folder: Path, dtype: str | None) -> str:
     if _has_scalar_head(named, config):
         scalar = load_scalar_model(source, dtype=dtype, trust_remote_code=code)
         save_scalar_model(scalar, tokenizer, folder)
-        normalization = Path(resolve(source)) / SCORE_NORMALIZATION
-        if normalization.is_file():
-            shutil.copy(normalization, folder)
+        _copy_normalization(named, folder)
         again = load_scalar_model(folder, dtype=dtype, trust_remote_code=code)
         _check_equal(_score(scalar), _score(again))
         return f"the model with its scalar head, in {dtype}"
@@ -114,16 +113,26 @@ def _adapter(named: NamedModel, folder: Path) -> str:
     if source is None:
         raise UserInputError(
             f"{named.path} has no adapter: every weight was trained, or the model has a scalar "
-            "head, which is saved merged; leave --adapter out"
+            "head that was saved merged only; leave --adapter out"
         )
     code = _remote_code(named)
     shutil.copytree(source, folder, dirs_exist_ok=True)
     load_tokenizer(named.path, trust_remote_code=code).save_pretrained(folder)
-    model, written = (load_causal_lm(path, trust_remote_code=code) for path in (source, folder))
-    _check_equal(_logits(model), _logits(written))
-    peft_model: Any = model
-    base = peft_model.peft_config["default"].base_model_name_or_path
-    return f"the adapter of the base model {base}"
+    if is_classifier_adapter(source):
+        _copy_normalization(named, folder)
+        scored = [load_scalar_model(path, trust_remote_code=code) for path in (source, folder)]
+        _check_equal(*map(_score, scored))
+        return f"the adapter and the scalar head, of the base model {base_name(source)}"
+    models = [load_causal_lm(path, trust_remote_code=code) for path in (source, folder)]
+    _check_equal(*map(_logits, models))
+    return f"the adapter of the base model {base_name(source)}"
+
+
+def _copy_normalization(named: NamedModel, folder: Path) -> None:
+    """The scale of a reward model's scores goes where it goes."""
+    normalization = Path(resolve(named.path)) / SCORE_NORMALIZATION
+    if normalization.is_file():
+        shutil.copy(normalization, folder)
 
 
 def _remote_code(named: NamedModel) -> bool:

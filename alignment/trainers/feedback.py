@@ -205,7 +205,7 @@ class AnswerSource:
 
     def conversation(self, prompt: Prompt) -> Conversation:
         """What an answer answers, as messages."""
-        where = f"the row of prompt {prompt.index}"
+        where = prompt.row_name
         turns = prompt_of(prompt.row, chat=True, where=where)
         conversation = with_system(turns, self._context.recipe.data.system, where)
         assert not isinstance(conversation, str)  # a string became a message

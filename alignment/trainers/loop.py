@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -74,8 +74,11 @@ class Loop:
     evaluator: Evaluator
     start: int = 0
 
-    def run(self) -> None:
+    def run(self, stop: Sequence[int] = ()) -> None:
         """Train to the end.
+
+        Args:
+            stop: a step is the last one where something has come into it (`stop_requests`).
 
         Raises:
             Stopped: a signal asked to stop; everything up to the last finished step is saved.
@@ -87,7 +90,6 @@ class Loop:
         writer = MetricsWriter(self.directory.metrics if is_main else os.devnull)
         with (
             closing(writer),
-            _stop_requests() as stop,
             self._checkpoints() as checkpoints,
             self._progress(total) as progress,
         ):
@@ -207,15 +209,14 @@ class Loop:
     def _is_due(self, step: int, every: int, total: int) -> bool:
         return step == total or (every > 0 and step % every == 0)
 
-    def _any_rank(self, stop: list[int]) -> bool:
+    def _any_rank(self, stop: Sequence[int]) -> bool:
         (asked,) = self.context.distributed.max([float(bool(stop))])
         return asked > 0
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM is put into; a second one acts as usual."""
-    received: list[int] = []
+def stop_requests(received: list[int]) -> Iterator[None]:
+    """Put a first SIGINT or SIGTERM into `received`; a second one acts as usual."""
     signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
     try:
         previous: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
@@ -227,10 +228,10 @@ def _stop_requests() -> Iterator[list[int]]:
         for number in signals:
             signal.signal(number, note)
     except ValueError:  # not the main thread: signals stay with whoever has it
-        yield received
+        yield
         return
     try:
-        yield received
+        yield
     finally:
         for number in signals:
             signal.signal(number, previous[number])

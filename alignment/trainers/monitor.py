@@ -91,8 +91,9 @@ class RolloutMonitor:
         metrics.add("reward/mean", float(scored.sum()), len(scored))
         if not self._compares_groups:
             return
-        groups = rewards.reshape(-1, rollout.group_size)
-        spread = torch.stack([_population_std(group) for group in groups])
+        # A group without any score has no spread, rather than one of 0.
+        groups = [group[~group.isnan()] for group in rewards.reshape(-1, rollout.group_size)]
+        spread = torch.stack([group.std(correction=0) for group in groups if len(group)])
         metrics.add("reward/std_in_group", float(spread.sum()), len(spread))
 
     def engine_gap(
@@ -176,8 +177,3 @@ def _no_spread(rewards: set[float]) -> str:
         "no group has completions of different reward, so there is nothing to compare; raise "
         "group_size or the temperature, or choose prompts of middling difficulty"
     )
-
-
-def _population_std(group: Tensor) -> Tensor:
-    scored = group[~group.isnan()]
-    return scored.std(correction=0) if len(scored) else torch.zeros(())

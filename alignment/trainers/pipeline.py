@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from alignment import registry
+from alignment.activity import doing
 from alignment.config.load import dump_recipe, load_stage
 from alignment.config.methods.base import needs_of
 from alignment.config.pipeline import (
@@ -23,13 +24,16 @@ from alignment.config.pipeline import (
 from alignment.config.schema import Recipe
 from alignment.distributed import Distributed
 from alignment.runs.directory import RunDirectory
+from alignment.runs.events import EventLog
 from alignment.runs.files import write_atomic
 from alignment.runs.inputs import find_parents, refuse_changed_inputs
 from alignment.runs.lineage import run_info
 from alignment.runs.metrics import MetricsWriter
 from alignment.runs.outputs import output_hash, output_paths, read_finished, write_finished
+from alignment.runs.watch import Watch
 from alignment.trainers.evaluation import evaluate_model
 from alignment.trainers.going_on import names_checkpoint
+from alignment.trainers.locked import locked
 from alignment.trainers.loop import Stopped
 from alignment.trainers.run import check_expectations, check_resumable, train, write_report
 from alignment.types import UserInputError
@@ -55,6 +59,14 @@ def run_pipeline(
         AlignmentError: a stage stopped, or expectations were not met.
     """
     directory = _open(pipeline, resume, command)
+    events = EventLog(directory.events)
+    with locked(directory.path, Distributed(), events):
+        return _run(pipeline, directory, events, command)
+
+
+def _run(
+    pipeline: PipelineRecipe, directory: RunDirectory, events: EventLog, command: Sequence[str]
+) -> RunDirectory:
     outputs: Outputs = {}
     recipes: dict[str, Recipe] = {}
     for stage in pipeline.stages:
@@ -69,9 +81,17 @@ def run_pipeline(
         recipes[stage.name] = recipe
         gc.collect()
     distributed = Distributed()
-    if distributed.is_main:
-        _compare_if_needed(directory, pipeline, recipes, outputs)
-    distributed.barrier()
+    # Ranks that wait for rank 0 see in its heartbeat that it moves.
+    with Watch(
+        directory.path,
+        events,
+        rank=distributed.rank,
+        world_size=distributed.world_size,
+        hang_minutes=recipe.limits.hang_minutes,
+    ):
+        if distributed.is_main:
+            _compare_if_needed(directory, pipeline, recipes, outputs)
+        distributed.barrier()
     table = directory.path / COMPARISON
     if table.is_file():
         text = table.read_text(encoding="utf-8")
@@ -131,12 +151,16 @@ def _run_stage(recipe: Recipe, command: Sequence[str]) -> RunDirectory:
             markup=False,
             soft_wrap=True,
         )
-    run = train(recipe, resume="auto", command=command)
-    # The other ranks come back before rank 0 has saved what the next stage reads.
-    Distributed().barrier()
+    signals: list[int] = []
+    run = train(recipe, resume="auto", command=command, signals=signals)
+    # Also waits for rank 0 to have saved what the next stage reads.
+    (asked,) = Distributed().max([float(bool(signals))])
+    if asked:
+        raise Stopped("the last step", run)
     return run
 
 
+@doing("comparison")
 def _compare_if_needed(
     directory: RunDirectory,
     pipeline: PipelineRecipe,
@@ -191,9 +215,10 @@ def _compare(
     results: dict[str, Mapping[str, Any]] = {}
     for name, path in models.items():
         Console().print(f"evaluating {name}", highlight=False)
-        results[name] = evaluate_model(
-            recipe, path, config.tasks, seed=config.seed, reference=reference
-        )
+        with doing("comparison", f"model {name}"):
+            results[name] = evaluate_model(
+                recipe, path, config.tasks, seed=config.seed, reference=reference
+            )
         gc.collect()
     for leftover in directory.path.glob("comparison*.json"):  # of an earlier comparison
         leftover.unlink()

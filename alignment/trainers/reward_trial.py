@@ -93,7 +93,7 @@ def _items(
         sample = encoder.encode(prompt, answer, loss_on="last_assistant", where=where)
         ids = sample.completion_ids
         items[f"{where}{name}"] = (
-            Prompt(sample.prompt_ids, tokenizer.decode(sample.prompt_ids), index, row),
+            Prompt(sample.prompt_ids, tokenizer.decode(sample.prompt_ids), index, row, place=where),
             Completion(
                 prompt_index=index,
                 sample_index=0,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ from alignment.runs.made import MadeData
 from alignment.runs.metrics import read_metrics
 from alignment.runs.outputs import FINISHED, Encoding, write_finished
 from alignment.runs.rewind import rewind
-from alignment.runs.watch import Watch, clear_heartbeats
+from alignment.runs.watch import Watch
 from alignment.trainers.context import Trainer, TrainingContext
 from alignment.trainers.evaluation import Evaluator
 from alignment.trainers.failure import recorded_failure
 from alignment.trainers.going_on import check_named_checkpoint
-from alignment.trainers.loop import Loop
+from alignment.trainers.locked import locked
+from alignment.trainers.loop import Loop, stop_requests
 from alignment.trainers.recorded import (
     MARK,
     RecordedRollouts,
@@ -63,6 +65,7 @@ def train(
     resume: str = "auto",
     command: Sequence[str] = (),
     rollouts_from: Path | None = None,
+    signals: list[int] | None = None,
 ) -> RunDirectory:
     """Train a recipe to the end and leave `runs/NAME/`.
 
@@ -71,74 +74,135 @@ def train(
             exists; anything else is a checkpoint folder of the run, to go on from.
         command: what to note as the command in `run.json`.
         rollouts_from: a run whose recorded rollouts are trained on, in place of sampling.
+        signals: what a SIGINT or SIGTERM is put into that came too late to stop the run.
 
     Raises:
         UserInputError: the recipe, its data or model, or the run's name are not usable.
         AlignmentError: training stopped for a stated reason, or expectations failed at the end.
     """
-    path = Path(recipe.run.dir) / recipe.run.name
-    recipe_yaml = dump_recipe(recipe)
     distributed = Distributed()
+    path = Path(recipe.run.dir) / recipe.run.name
     # Rank 0 looks, for all: a moment later it makes the folder.
     exists = distributed.broadcast(path.exists())
+    signals = [] if signals is None else signals
+    start = _Start(
+        recipe, path, resume, tuple(command), rollouts_from, distributed, exists, signals
+    )
     check_named_checkpoint(path, resume)
     if exists:
-        check_resumable(path, recipe_yaml, resume)
+        check_resumable(path, start.recipe_yaml, resume)
         refuse_changed_inputs(path, f"the run {path}")
         refuse_other_source(RunDirectory(path).read_info(), f"the run {path}", rollouts_from)
         if (path / FINISHED).is_file():
             return _take_finished(RunDirectory.open(path), is_main=distributed.is_main)
+    with ExitStack() as held:
+        return _train(start, held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """One start of a run.
+
+    path:   its folder.
+    exists: whether the folder was there before.
+    The others are as of `train`.
+    """
+
+    recipe: Recipe
+    path: Path
+    resume: str
+    command: Sequence[str]
+    rollouts_from: Path | None
+    distributed: Distributed
+    exists: bool
+    signals: list[int]
+
+    @property
+    def recipe_yaml(self) -> str:
+        return dump_recipe(self.recipe)
+
+    def events(self) -> EventLog:
+        """Each rank has its own."""
+        rank, main = self.distributed.rank, RunDirectory(self.path).events
+        own = self.path / f"events-rank{rank}.jsonl"
+        return EventLog(main if self.distributed.is_main else own)
+
+    def watch(self, events: EventLog, folder: Path | None) -> Watch:
+        """Of this rank."""
+        return Watch(
+            folder,
+            events,
+            rank=self.distributed.rank,
+            world_size=self.distributed.world_size,
+            hang_minutes=self.recipe.limits.hang_minutes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a run starts from."""
+
+    loaded: Loaded
+    parents: Sequence[ParentRecord]
+    recorded: RecordedRollouts | None
+
+
+def _train(start: _Start, held: ExitStack) -> RunDirectory:
+    """Load, take up or create the folder, train and finish.
+
+    Args:
+        held: what is let go of in the end, the run's lock among it.
+    """
+    recipe, distributed, events = start.recipe, start.distributed, start.events()
     torch.manual_seed(recipe.run.seed)
-    recorded = None if rollouts_from is None else rollouts_for(rollouts_from, recipe)
-    parents = find_parents(recipe)
-    # Evaluations sample and grade in any case.
-    samples = recorded is None or recipe.eval.tasks
-    loaded = load_parts(recipe if samples else without_sampling(recipe))
-    if exists:
-        refuse_changed_start(path, recipe, asdict(loaded.fingerprints))
-    check_compatible(_encoding(loaded), parents)
-    if recorded is not None:
-        recorded.require_tokens(_encoding(loaded))
-    directory = _open_directory(
-        recipe, recipe_yaml, command, parents, loaded, distributed, exists, recorded
-    )
-    own_log = directory.path / f"events-rank{distributed.rank}.jsonl"
-    events = EventLog(directory.events if distributed.is_main else own_log)
+    if start.exists:
+        held.enter_context(locked(start.path, distributed, events))
+    # A new run has no folder yet: nothing is left behind where it cannot begin.
+    with start.watch(events, start.path if start.exists else None):
+        inputs = _load(start)
+    loaded = inputs.loaded
+    if loaded.rewards is not None:
+        held.callback(loaded.rewards.close)
+    directory = _open_directory(start, inputs)
+    if not start.exists:
+        held.enter_context(locked(directory.path, distributed, events))
     try:
-        with (
-            recorded_failure(directory, events),
-            _watch(directory, recipe, distributed, events),
-        ):
+        with recorded_failure(directory, events), start.watch(events, directory.path):
             context = replace(
-                assemble(loaded, distributed, events, cache=directory.cache_dir), recorded=recorded
+                assemble(loaded, distributed, events, cache=directory.cache_dir),
+                recorded=inputs.recorded,
             )
             trainer = make_trainer(context)
-            if recorded is not None:
-                recorded.require_steps(trainer.total_steps)
-            start = _resume(directory, trainer, context, resume) if exists else 0
-            context.events.write("start", f"training from step {start}", step=start)
-            Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), start).run()
-            _finish(directory, context, trainer, _encoding(loaded))
+            if inputs.recorded is not None:
+                inputs.recorded.require_steps(trainer.total_steps)
+            step = _resume(directory, trainer, context, start.resume) if start.exists else 0
+            context.events.write("start", f"training from step {step}", step=step)
+            loop = Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), step)
+            with stop_requests(start.signals):
+                loop.run(start.signals)
+                _finish(directory, context, trainer, _encoding(loaded))
     except UserInputError:
-        if distributed.is_main and not exists:
+        if distributed.is_main and not start.exists:
             _withdraw(directory)
         raise
-    finally:
-        if loaded.rewards is not None:
-            loaded.rewards.close()
     return directory
 
 
-def _watch(
-    directory: RunDirectory, recipe: Recipe, distributed: Distributed, events: EventLog
-) -> Watch:
-    return Watch(
-        directory.path,
-        events,
-        rank=distributed.rank,
-        world_size=distributed.world_size,
-        hang_minutes=recipe.limits.hang_minutes,
-    )
+def _load(start: _Start) -> _Inputs:
+    """Everything that the recipe names, checked against what the run and its inputs recorded."""
+    recipe, source = start.recipe, start.rollouts_from
+    recorded = None if source is None else rollouts_for(source, recipe)
+    with doing("loading", "what earlier runs made"):
+        parents = find_parents(recipe)
+    # Evaluations sample and grade in any case.
+    samples = recorded is None or recipe.eval.tasks
+    loaded = load_parts(recipe if samples else without_sampling(recipe))
+    if start.exists:
+        refuse_changed_start(start.path, recipe, asdict(loaded.fingerprints))
+    check_compatible(_encoding(loaded), parents)
+    if recorded is not None:
+        recorded.require_tokens(_encoding(loaded))
+    return _Inputs(loaded, parents, recorded)
 
 
 def _encoding(loaded: Loaded) -> Encoding:
@@ -190,37 +254,27 @@ def _as_dumped_now(recipe: Path) -> str:
         return recipe.read_text(encoding="utf-8")
 
 
-def _open_directory(
-    recipe: Recipe,
-    recipe_yaml: str,
-    command: Sequence[str],
-    parents: Sequence[ParentRecord],
-    loaded: Loaded,
-    distributed: Distributed,
-    exists: bool,
-    recorded: RecordedRollouts | None,
-) -> RunDirectory:
+def _open_directory(start: _Start, inputs: _Inputs) -> RunDirectory:
     """Rank 0 creates or takes up the folder; the others use it."""
-    path = Path(recipe.run.dir) / recipe.run.name
-    if distributed.is_main:
+    run, prints, recorded = start.recipe.run, inputs.loaded.fingerprints, inputs.recorded
+    if start.distributed.is_main:
         info = run_info(
-            recipe=recipe_yaml,
-            command=command,
-            seed=recipe.run.seed,
-            inputs=[*parents, *(recorded.as_inputs() if recorded else ())],
-            model_hash=loaded.fingerprints.model,
-            tokenizer_hash=loaded.fingerprints.tokenizer,
-            template_hash=loaded.fingerprints.template,
-            data_hash=loaded.fingerprints.data,
+            recipe=start.recipe_yaml,
+            command=start.command,
+            seed=run.seed,
+            inputs=[*inputs.parents, *(recorded.as_inputs() if recorded else ())],
+            model_hash=prints.model,
+            tokenizer_hash=prints.tokenizer,
+            template_hash=prints.template,
+            data_hash=prints.data,
         )
         if recorded is not None:
             info[MARK] = str(recorded.run.path)
         RunDirectory.create(
-            recipe.run.dir, recipe.run.name, recipe_yaml=recipe_yaml, info=info, resume=exists
+            run.dir, run.name, recipe_yaml=start.recipe_yaml, info=info, resume=start.exists
         )
-        clear_heartbeats(path)
-    distributed.barrier()
-    return RunDirectory.open(path)
+    start.distributed.barrier()
+    return RunDirectory.open(start.path)
 
 
 def _resume(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from alignment import registry
+from alignment.activity import doing
 from alignment.config.methods.base import needs_of
 from alignment.config.methods.ppo import CriticConfig
 from alignment.config.model import LoraConfig, ModelConfig
@@ -32,16 +34,24 @@ from alignment.modeling.load import (
     template_hash,
     tokenizer_hash,
 )
-from alignment.modeling.optimizer import AdamWOptions, MasterWeightOptimizer, SumCounts
+from alignment.modeling.optimizer import (
+    AdamWOptions,
+    MasterWeightOptimizer,
+    Optimizer,
+    SumCounts,
+)
 from alignment.modeling.policy import PolicyWithReference, disable_dropout
 from alignment.modeling.reference import make_reference, trainable
 from alignment.modeling.scalar import load_scalar_model
+from alignment.modeling.shards import MakeShards
 from alignment.rewards.compose import CompositeReward, RewardSpec, build_rewards
 from alignment.rollout.engine import RolloutEngine
 from alignment.runs.events import EventLog
 from alignment.runs.lineage import data_hash, text_hash
 from alignment.trainers.context import TokenizedData, Trained, TrainingContext
+from alignment.trainers.local_paths import require_local_paths
 from alignment.trainers.tokenized import TokenizedForms, n_rows
+from alignment.types import UserInputError
 
 # The held-out split does not depend on the run's seed: runs whose recipes describe the same rows
 # and the same `held_out` are compared on the same problems, and a later stage never evaluates on
@@ -81,12 +91,17 @@ def load_parts(recipe: Recipe) -> Loaded:
         UserInputError: one of them is not usable, with the remedy.
     """
     warnings: list[str] = []
-    train_rows, held_out_rows = load_rows(recipe.data)
-    rewards = make_rewards(recipe)
-    tokenizer = load_policy_tokenizer(recipe.model)
-    if rewards is not None:
-        rewards.bind(tokenizer)
-    model = load_model(recipe)
+    require_local_paths(recipe)
+    with doing("loading", "the data"):
+        train_rows, held_out_rows = load_rows(recipe.data)
+    with doing("loading", "the rewards and the tokenizer"):
+        rewards = make_rewards(recipe)
+        tokenizer = load_policy_tokenizer(recipe.model)
+        if rewards is not None:
+            rewards.bind(tokenizer)
+    with doing("loading", f"the model {recipe.model.path}"):
+        model = load_model(recipe)
+        critic = load_critic(recipe)
     backbone = getattr(model, "backbone", None)
     config = backbone.config if backbone is not None else model.config.get_text_config()
     forms = TokenizedForms(
@@ -95,21 +110,23 @@ def load_parts(recipe: Recipe) -> Loaded:
         context_length=getattr(config, "max_position_embeddings", None),
         generation_config=getattr(model, "generation_config", None),
     )
-    train = forms.training(train_rows, warnings)
-    fingerprints = Fingerprints(
-        model=model_hash(model),
-        tokenizer=tokenizer_hash(tokenizer),
-        template=template_hash(tokenizer),
-        data=data_hash([*train_rows.rows, *held_out_rows.rows]),
-    )
+    with doing("loading", "the data, into tokens"):
+        train, held_out = forms.training(train_rows, warnings), forms.held_out(held_out_rows)
+    with doing("loading", "hashes of all of it"):
+        fingerprints = Fingerprints(
+            model=model_hash(model),
+            tokenizer=tokenizer_hash(tokenizer),
+            template=template_hash(tokenizer),
+            data=data_hash([*train_rows.rows, *held_out_rows.rows]),
+        )
     return Loaded(
         recipe=recipe,
         tokenizer=tokenizer,
         model=model,
-        critic=load_critic(recipe),
+        critic=critic,
         rewards=rewards,
         train=train,
-        held_out=forms.held_out(held_out_rows),
+        held_out=held_out,
         fingerprints=fingerprints,
         warnings=warnings,
     )
@@ -132,7 +149,7 @@ def assemble(
     recipe = loaded.recipe
     trains = for_training and needs_of(recipe.algorithm).trains
     # What is sharded goes to the device layer by layer, and each rank keeps its part.
-    shards = trains and distributed.shards_weights
+    shards = trains and distributed.shards_state
     model, critic = loaded.model, loaded.critic
     if not shards:
         model.to(distributed.device)
@@ -146,9 +163,10 @@ def assemble(
         reason = trained.backbone.plain_reason
         events.write("warning", f"padded rows without shared prompts are used: {reason}")
     if shards:
-        trained.shard(distributed.shard)
+        make = make_shards(distributed)
+        trained.shard(make)
         if critic is not None:
-            critic.shard(distributed.shard)
+            critic.shard(make)
     sum_counts = distributed.sum if shards else None
     prints = loaded.fingerprints
     return TrainingContext(
@@ -176,22 +194,43 @@ def assemble(
     )
 
 
+def make_shards(distributed: Distributed) -> MakeShards:
+    """What shares a model out over ranks, as the run was launched."""
+    if distributed.zero_stage is None:
+        return distributed.shard
+    zero = importlib.import_module("alignment.modeling.zero")  # seconds to import
+    ranks = zero.Ranks(
+        distributed.rank,
+        distributed.world_size,
+        distributed.device,
+        sum=distributed.sum,
+        max=distributed.max,
+    )
+    make: MakeShards = zero.zero_maker(distributed.zero_stage, ranks)
+    return make
+
+
 def load_rows(config: DataConfig) -> tuple[PlacedRows, PlacedRows]:
     """(training rows, held-out rows) of a recipe's source."""
     source = resolve("source", config.type)
     options = validate_options(source, config.options, where="data")
     everything = PlacedRows(source(**options), _places(source, options))
-    train, held_out = split_held_out(everything.rows, config.held_out, seed=_SPLIT_SEED)
+    try:
+        train, held_out = split_held_out(everything.rows, config.held_out, seed=_SPLIT_SEED)
+    except UserInputError as error:
+        raise UserInputError(f"data.held_out: {error}") from error
     return everything.select(train[: config.limit]), everything.select(held_out)
 
 
 def _places(source: Any, options: Mapping[str, Any]) -> Places:
-    """By line, in a local file of one row a line."""
+    """By file, in a local one, and there by line, if rows are lines."""
     if source is not file:
         return WHOLE_SOURCE
     options = {key: value for key, value in options.items() if key != "columns"}
     lines = line_numbers(**options)
-    return Places(lines, options["path"]) if lines is not None else WHOLE_SOURCE
+    if lines is None:
+        return Places(WHOLE_SOURCE.numbers, options["path"], by_line=False)
+    return Places(lines, options["path"])
 
 
 def make_rewards(recipe: Recipe) -> CompositeReward | None:
@@ -262,7 +301,7 @@ def load_critic(recipe: Recipe) -> ScalarModel | None:
 
 def make_optimizer(
     recipe: Recipe, trained: PolicyWithReference | ScalarModel, sum_counts: SumCounts | None
-) -> MasterWeightOptimizer:
+) -> Optimizer:
     """AdamW on all that the model trains, its head included.
 
     Args:
@@ -270,11 +309,14 @@ def make_optimizer(
     """
     optim = recipe.optim
     assert optim.lr is not None  # a recipe whose method trains has one
+    parameters = trainable(trained)
+    options = AdamWOptions(optim.lr, optim.betas, optim.eps, optim.weight_decay)
+    master_dtype = DTYPES.get(recipe.model.master_dtype)
+    own = trained.shards.own_optimizer(parameters, options, master_dtype=master_dtype)
+    if own is not None:
+        return own
     return MasterWeightOptimizer(
-        trainable(trained),
-        AdamWOptions(optim.lr, optim.betas, optim.eps, optim.weight_decay),
-        master_dtype=DTYPES.get(recipe.model.master_dtype),
-        sum_counts=sum_counts,
+        parameters, options, master_dtype=master_dtype, sum_counts=sum_counts
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.activity import doing, exchanging
+from alignment.activity import doing
 from alignment.losses.types import Max, Mean, Metric
 from alignment.modeling.memory import OutOfMemory, memory_for, release_memory
 from alignment.modeling.optimizer import learning_rate
@@ -147,7 +147,7 @@ class Updater:
                 with memory_for(rows):
                     scores = self._model(rows, **score_options(rows))
                     if not batch:  # other ranks have more of them
-                        self._backward(_reach_all(scores))
+                        shards.backward(_reach_all(scores))
                         continue
                     loss = loss_of(scores, batch)
                     if scores.aux_loss is not None:
@@ -159,13 +159,8 @@ class Updater:
                     if shards.lockstep:
                         loss = loss + _reach_all(scores)
                     if loss.requires_grad:
-                        self._backward(loss)
+                        shards.backward(loss)
         return local_loss
-
-    def _backward(self, loss: Tensor) -> None:
-        """The backward pass; where weights are sharded, all ranks take part in it."""
-        with exchanging() if self._model.shards.lockstep else nullcontext():
-            loss.backward()  # type: ignore[no-untyped-call]
 
     def _step(self, step: int, norm: float, loss: float, metrics: MetricSums) -> None:
         lr = learning_rate(
@@ -211,7 +206,20 @@ class Updater:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.policy_version = state["policy_version"]
+        """Restore, once the optimizer is restored.
+
+        Raises:
+            AlignmentError: the optimizer has moments and no update was made, or the other way
+                round.
+        """
+        n_updates = state["policy_version"]
+        has_moments = bool(self._optimizer.state_dict()["moments"])
+        if has_moments != (n_updates > 0):
+            raise AlignmentError(
+                f"the checkpoint holds {'' if has_moments else 'no '}moments of the optimizer, and "
+                f"counts {n_updates} updates; resume with the version of the toolkit that wrote it"
+            )
+        self.policy_version = n_updates
         self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
 
 

@@ -1,4 +1,7 @@
-"""A reward that does to its rank what the environment asks for, at its second call."""
+"""A reward that does to its rank what the environment asks for, at its second call.
+
+It counts what it has graded over all starts of the run; each rank has counts of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _calls = 0
+_graded = {"batches": 0, "ids": 0}
 
 
 def even_tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
@@ -17,7 +21,13 @@ def even_tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float
     _calls += 1
     if _calls == 2:
         _fault(os.environ.get("FAULT"), os.environ.get("RANK"))
+    _graded["batches"] += 1
+    _graded["ids"] += sum(map(sum, completion_ids))
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+even_tokens.state_dict = lambda: dict(_graded)  # type: ignore[attr-defined]
+even_tokens.load_state_dict = _graded.update  # type: ignore[attr-defined]
 
 
 def _fault(kind: str | None, rank: str | None) -> None:

@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "algorithm={type: dpo, steps: 3, pairs_per_step: 5, "
             "loss: {kind: {aot: 1.0, bco: 0.5}, bco_decay: 0.5}}",
             "optim.micro_batch_tokens=120",
+            "checkpoint.every=1",
         ),
     ),
     "dpo-precomputed": (

@@ -14,11 +14,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_runs
 
+from alignment.modeling.shards import Whole
 from alignment.types import AlignmentError
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("sft", ("data.high=12", "algorithm.samples_per_step=5", "algorithm.steps=4")),
     "sft-one-sample": ("sft", ("algorithm.samples_per_step=1", "algorithm.steps=2")),
+    "sft-nan": ("sft", ("eval={tasks: []}",)),
     "sft-sequence": ("sft", ("data.high=12", "algorithm.reduction=sequence")),
     "grpo": (
         "grpo",
@@ -53,6 +55,16 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "grpo",
         ("algorithm.group_size=6", "rewards=[{type: 'tiny_runs:FailsOn', samples: [4]}]"),
     ),
+    # In turn one rank and the other has no scores: its micro-batches are all masked.
+    "grpo-masked-rank": (
+        "grpo",
+        (
+            "algorithm.prompts_per_step=2",
+            "rewards=[{type: 'tiny_runs:FailsForPrompts', prompts: [0, 3]}]",
+            "limits.unscorable=1.0",
+            "optim.micro_batch_tokens=20",
+        ),
+    ),
 }
 """Name to (method, settings)."""
 
@@ -68,11 +80,16 @@ FAILING = (
 """Half of the completions cannot be scored: none of one rank's, all of the other's."""
 
 
-def train_all(folder: Path) -> None:
-    """Train every case into `folder/NAME/METHOD`."""
+def train_all(folder: Path, *, poisons: bool) -> None:
+    """Train every case into `folder/NAME/METHOD`.
+
+    Args:
+        poisons: whether it is this rank whose first gradient is NaN in `sft-nan`.
+    """
     torch.set_num_threads(1)
     for name, (method, settings) in CASES.items():
-        tiny_runs.run(method, folder / name, *COMMON, *settings)
+        with tiny_runs.one_nan(Whole, poisons and name == "sft-nan"):
+            tiny_runs.run(method, folder / name, *COMMON, *settings)
 
 
 def error_of(folder: Path) -> str:
@@ -86,5 +103,5 @@ def error_of(folder: Path) -> str:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    train_all(target)
+    train_all(target, poisons=os.environ["RANK"] == "1")
     (target / f"error-{os.environ['RANK']}.txt").write_text(error_of(target))

@@ -15,7 +15,10 @@ from alignment.config.schema import Recipe
 from alignment.trainers.run import train
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "pairs": ("reward_model", ("algorithm.pairs_per_step=5", "algorithm.center_coef=0.1")),
+    "pairs": (
+        "reward_model",
+        ("algorithm.pairs_per_step=5", "algorithm.center_coef=0.1", "checkpoint.every=1"),
+    ),
     "one-pair": ("reward_model", ("algorithm.pairs_per_step=1",)),
     "steps": ("process_reward_model", ("algorithm.samples_per_step=5",)),
 }
@@ -26,13 +29,19 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 COMMON = ("algorithm.steps=3", "optim.eps=1e-3", "expect=[]", "run.name=it")
 
 
+def recipe_of(name: str, folder: Path) -> Recipe:
+    """A case's recipe, its run kept in `folder`."""
+    method, settings = CASES[name]
+    recipe = load_recipe(f"tiny/{method}", [*COMMON, *settings, f"run.dir={folder}"])
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
 def train_all(folder: Path) -> None:
     """Train every case into `folder/NAME/it`."""
     torch.set_num_threads(1)
-    for name, (method, settings) in CASES.items():
-        recipe = load_recipe(f"tiny/{method}", [*COMMON, *settings, f"run.dir={folder / name}"])
-        assert isinstance(recipe, Recipe)
-        train(recipe)
+    for name in CASES:
+        train(recipe_of(name, folder / name))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo_runs
 import preference_runs
 import tiny_runs
+from tiny_models import tiny_model
 
 from alignment.config.load import load_recipe
 from alignment.config.schema import Recipe
-from alignment.distributed import Distributed
-from alignment.modeling.shards import first_elements
+from alignment.distributed import Distributed, Sharded
+from alignment.modeling.policy import PolicyWithReference
+from alignment.modeling.shards import Whole, first_elements, held, own_part
 from alignment.runs.directory import RunDirectory
 from alignment.runs.outputs import FINISHED
 from alignment.trainers.run import train
+from alignment.trainers.setup import make_shards
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -57,6 +60,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "sft-one-sample": ("sft", ("algorithm.samples_per_step=1", *_ONE_STEP)),
+    "sft-nan": ("sft", _UNEVALUATED),
     "grpo": (
         "grpo",
         (
@@ -176,12 +180,20 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def train_all(folder: Path) -> None:
-    """Train every case into `folder/NAME/METHOD`, with a cache of its own."""
+def train_all(folder: Path, *, shards: type[Whole | Sharded], poisons: bool) -> None:
+    """Train every case into `folder/NAME/METHOD`, with a cache of its own.
+
+    Args:
+        shards: the class of the model's.
+        poisons: whether it is this rank whose first gradient is NaN in `sft-nan`.
+    """
     torch.set_num_threads(1)
     preference_runs.use_cache(folder / "cache")
     for name in CASES:
-        with inside(folder / name):
+        with (
+            inside(folder / name),
+            tiny_runs.one_nan(shards, poisons and name == "sft-nan"),
+        ):
             train(recipe_of(name))
 
 
@@ -212,15 +224,35 @@ def first_of_parts(n: int) -> list[float]:
     return ranks.gather(first_elements(numbers, n).tolist())
 
 
+def kept(ranks: Distributed) -> dict[str, int]:
+    """How many numbers there are, and how many of them this rank holds before, inside and after
+    gathering."""
+    policy = PolicyWithReference(tiny_model(), None)
+    n = sum(p.numel() for p in policy.parameters())
+    policy.shard(make_shards(ranks))
+
+    def own() -> int:
+        return sum(own_part(held(p)).numel() for p in policy.parameters())
+
+    before = own()
+    with policy.shards.gathered():
+        inside = own()
+        gathered = list(policy.parameters())
+    left = sum(p.untyped_storage().nbytes() for p in gathered)
+    return {"all": n, "before": before, "inside": inside, "after": own(), "left": left}
+
+
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.update(FSDP2)
     target = Path(sys.argv[1])
     ranks = Distributed()
     found = {n: first_of_parts(n) for n in (3, 21, 30, 99)}
+    numbers = ranks.gather([kept(ranks)])
     if ranks.is_main:
         (target / "first.json").write_text(json.dumps(found))
-    train_all(target)
+        (target / "kept.json").write_text(json.dumps(numbers))
+    train_all(target, shards=Sharded, poisons=ranks.rank == 1)
     go_on("grpo", target / "resumed" / "one-to-two")
     if ranks.is_main:
         for where in ("two-to-two", "replicated"):

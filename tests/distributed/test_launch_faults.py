@@ -21,7 +21,7 @@ from tiny_runs import rollouts_of, steps_of, weights_of
 from alignment.cli.launch import plan_launch
 from alignment.config.load import load_recipe
 from alignment.config.schema import Recipe
-from alignment.runs.checkpoint import list_checkpoints
+from alignment.runs.checkpoint import list_checkpoints, load_checkpoint
 from alignment.runs.directory import RunDirectory
 from alignment.trainers.run import train
 
@@ -161,6 +161,18 @@ def test_after_all_of_it_the_run_is_the_one_that_met_none(
     for ours, theirs in zip(rollouts_of(run), rollouts_of(untroubled), strict=True):
         ids = [[row["completion_ids"] for row in rows] for rows in (ours, theirs)]
         assert ids[0] == ids[1]
+
+
+def test_the_reward_of_each_rank_goes_on_with_what_it_kept(
+    starts: tuple[Path, dict[str, Start]],
+) -> None:
+    run = RunDirectory.open(starts[0] / "runs" / "run")
+    _, last = list_checkpoints(run.checkpoints_dir)[-1]
+    kept = [state["faulty_rewards:even_tokens"] for state in load_checkpoint(last)["rewards"]]
+    assert [state["batches"] for state in kept] == [6, 6]
+    recorded = [sum(row["completion_ids"]) for rows in rollouts_of(run) for row in rows]
+    assert sum(state["ids"] for state in kept) == sum(recorded)
+    assert kept[0] != kept[1]
 
 
 def test_the_command_stands_in_the_run(starts: tuple[Path, dict[str, Start]]) -> None:

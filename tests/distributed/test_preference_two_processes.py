@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import preference_worker
 import pytest
 import torch
-from preference_worker import CASES
-from test_two_processes import HERE, launched
+from preference_runs import recipe_of
+from preference_worker import CASES, COMMON
+from test_two_processes import HERE, gone_on_with, launched
 from tiny_runs import steps_of, weights_of
 
 from alignment.runs.directory import RunDirectory
@@ -33,10 +35,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_i01_two_processes_learn_what_one_does(folders: tuple[Path, Path], case: str) -> None:
     one, two = (RunDirectory.open(folder / case / CASES[case][0]) for folder in folders)
     assert (two.path / "events-rank1.jsonl").is_file()  # there was a second rank
+    assert_same(one, two, but=COUNTS_OF_ROUNDING if case == "dpo-precomputed" else ())
+
+
+def test_i45_a_checkpoint_of_two_processes_serves_one(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The moving threshold of BCO comes along."""
+    one, two = (RunDirectory.open(folder / "dpo-coupled" / "dpo") for folder in folders)
+    recipe = recipe_of("dpo", tmp_path, *COMMON, *CASES["dpo-coupled"][1])
+    assert_same(one, gone_on_with(two, recipe))
+
+
+def assert_same(one: RunDirectory, two: RunDirectory, *, but: Sequence[str] = ()) -> None:
     for alone, together in zip(steps_of(one), steps_of(two), strict=True):
         assert alone.keys() == together.keys()
         for name, value in alone.items():
-            if case == "dpo-precomputed" and name in COUNTS_OF_ROUNDING:
+            if name in but:
                 continue
             close = math.isclose(together[name], value, rel_tol=1e-5, abs_tol=1e-5)
             assert close, f"step {alone['step']}, {name}: {value} and {together[name]}"

@@ -13,9 +13,13 @@ import pytest
 import rank_worker
 import torch
 from rank_worker import CASES
-from tiny_runs import rollouts_of, steps_of, weights_of
+from sharded_worker import cut_off
+from tiny_runs import events_of, rollouts_of, steps_of, weights_of
 
+from alignment.config.load import dump_recipe
+from alignment.config.schema import Recipe
 from alignment.runs.directory import RunDirectory
+from alignment.trainers.run import train
 
 HERE = Path(__file__).parent
 SECONDS = 150  # a hang is a failure
@@ -54,13 +58,27 @@ def launched(
     return done
 
 
+def gone_on_with(run: RunDirectory, recipe: Recipe) -> RunDirectory:
+    """A copy of a run as it was after its second step, trained to its end by this process.
+
+    Args:
+        recipe: the run's, but for its folder.
+    """
+    folder = Path(recipe.run.dir)
+    cut_off(run.path, folder, after=2)
+    RunDirectory.open(folder / run.path.name).recipe.write_text(dump_recipe(recipe), "utf-8")
+    resumed = train(recipe)
+    assert [event["step"] for event in events_of(resumed, "resume")] == [2]
+    return resumed
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Every case, trained by one process and by two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     for done in launched([str(HERE / "rank_worker.py"), str(two)]):
         assert done.returncode == 0, done.stdout[-3000:]
-    rank_worker.train_all(one)
+    rank_worker.train_all(one, poisons=True)
     return one, two
 
 
@@ -100,6 +118,15 @@ def test_i33_two_processes_record_the_same_samples(folders: tuple[Path, Path], c
                 assert mine[column] == yours[column], column
             assert mine["reward"] == pytest.approx(yours["reward"], abs=1e-6)
             assert mine["advantage"] == pytest.approx(yours["advantage"], abs=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update(
+    folders: tuple[Path, Path],
+) -> None:
+    """On both, and leaves nothing behind: what follows is what one process does (above)."""
+    first, second = steps_of(runs_of(folders, "sft-nan")[1])
+    assert (first["optim/skipped_updates"], second["optim/skipped_updates"]) == (1, 0)
+    assert second["optim/moved_share"] > 0
 
 
 def test_refilling_takes_the_same_number_of_rounds(folders: tuple[Path, Path]) -> None:

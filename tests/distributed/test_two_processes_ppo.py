@@ -8,9 +8,9 @@ from pathlib import Path
 import ppo_rank_worker
 import pytest
 import torch
-from ppo_rank_worker import CASES
-from ppo_runs import last_state
-from test_two_processes import launched
+from ppo_rank_worker import CASES, COMMON
+from ppo_runs import last_state, recipe_of
+from test_two_processes import gone_on_with, launched
 from tiny_runs import rollouts_of, steps_of, weights_of
 
 from alignment.runs.directory import RunDirectory
@@ -35,35 +35,47 @@ def runs_of(folders: tuple[Path, Path], case: str) -> tuple[RunDirectory, RunDir
     return one, two
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_i01_two_processes_measure_in_ppo_what_one_does(
-    folders: tuple[Path, Path], case: str
-) -> None:
-    """KL coefficient, moments, scale and early stop among them."""
-    one, two = map(steps_of, runs_of(folders, case))
-    assert len(one) == len(two)
-    for alone, together in zip(one, two, strict=True):
+def assert_same_steps(one: RunDirectory, two: RunDirectory) -> None:
+    for alone, together in zip(steps_of(one), steps_of(two), strict=True):
         assert alone.keys() == together.keys()
         for name, value in alone.items():
             close = math.isclose(together[name], value, rel_tol=2e-5, abs_tol=2e-6)
             assert close, f"step {alone['step']}, {name}: {value} and {together[name]}"
 
 
+def assert_same_models(one: RunDirectory, two: RunDirectory, *, with_critic: bool) -> None:
+    models = [[weights_of(run)] for run in (one, two)]
+    if with_critic:
+        for run, found in zip((one, two), models, strict=True):
+            found.append(last_state(run)["critic"]["weights"])
+    for ours, theirs in zip(*models, strict=True):
+        for name, weight in ours.items():
+            torch.testing.assert_close(theirs[name], weight, rtol=0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_i01_two_processes_measure_in_ppo_what_one_does(
+    folders: tuple[Path, Path], case: str
+) -> None:
+    """KL coefficient, moments, scale and early stop among them."""
+    assert_same_steps(*runs_of(folders, case))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_i01_two_processes_reach_the_same_policy_and_critic(
     folders: tuple[Path, Path], case: str
 ) -> None:
-    runs = runs_of(folders, case)
-    one, two = map(weights_of, runs)
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0.0, atol=2e-6)
-    if case == "shared":
-        return
-    states = [last_state(run) for run in runs]
-    for name, weight in states[0]["critic"]["weights"].items():
-        torch.testing.assert_close(
-            states[1]["critic"]["weights"][name], weight, rtol=0.0, atol=2e-6
-        )
+    assert_same_models(*runs_of(folders, case), with_critic=case != "shared")
+
+
+def test_i45_a_checkpoint_of_two_processes_serves_one(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Critic, moments, reward scale and the controller of the KL come along."""
+    one, two = runs_of(folders, "everything")
+    resumed = gone_on_with(two, recipe_of(tmp_path, *COMMON, *CASES["everything"]))
+    assert_same_steps(one, resumed)
+    assert_same_models(one, resumed, with_critic=True)
 
 
 @pytest.mark.parametrize("case", CASES)

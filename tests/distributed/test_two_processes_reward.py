@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import reward_worker
 import torch
-from reward_worker import CASES
-from test_two_processes import launched
+from reward_worker import CASES, recipe_of
+from test_two_processes import gone_on_with, launched
 from tiny_runs import steps_of, weights_of
 
 from alignment.runs.directory import RunDirectory
@@ -30,6 +30,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_i01_two_processes_train_what_one_does(folders: tuple[Path, Path], case: str) -> None:
     one, two = (RunDirectory.open(folder / case / "it") for folder in folders)
     assert (two.path / "events-rank1.jsonl").is_file()  # there was a second rank
+    assert_same(one, two)
+
+
+def test_i45_a_checkpoint_of_two_processes_serves_one(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    one, two = (RunDirectory.open(folder / "pairs" / "it") for folder in folders)
+    assert_same(one, gone_on_with(two, recipe_of("pairs", tmp_path)))
+
+
+def assert_same(one: RunDirectory, two: RunDirectory) -> None:
     for alone, together in zip(steps_of(one), steps_of(two), strict=True):
         assert alone.keys() == together.keys()
         for name, value in alone.items():

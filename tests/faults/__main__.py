@@ -78,7 +78,7 @@ def _import_ahead(methods: list[str], folder: Path) -> None:
     """Import what runs of these methods import, found out by short ones."""
     for method in methods:
         place = folder / f"{method}-imports"
-        settings = [*command(method, str(place)), "algorithm.steps=2", "optim.warmup_steps=0"]
+        settings = [*command(method, str(place), 1), "algorithm.steps=2", "optim.warmup_steps=0"]
         log, modules = place.with_suffix(".log"), place.with_suffix(".json")
         require_success(start(settings, log, processes=1, modules=modules))
         import_all(modules)
@@ -108,7 +108,7 @@ def _row(method: str, processes: int, kills: int, seed: int, folder: Path) -> Ro
 
 def _launch(method: str, processes: int, folder: Path) -> Launch:
     return Launch(
-        command=command(method, str(folder)),
+        command=command(method, str(folder), processes),
         run=RunDirectory(folder / method),
         log=folder.with_suffix(".log"),
         processes=processes,

@@ -1,7 +1,8 @@
 """The runs that are killed: one for each method, small, with as much state to lose as it can have.
 
-Data is passed over several times; checkpoints are saved at every step. Half of the runs are in
-bfloat16, half in float32; half evaluate on the way, half do not.
+Data is passed over several times; checkpoints are saved at every step. Each method is killed in
+bfloat16 and in float32: one is the run of one process, the other that of two. Half evaluate on the
+way, half do not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ _DIGITS = "{type: regex, pattern: '[0-9]', mode: search}"
 CASES: dict[str, tuple[str, ...]] = {
     "sft": (
         "algorithm.samples_per_step=8",
-        "model.dtype=bfloat16",
         "model.lora={rank: 4, dropout: 0.3}",
         "eval={every: 3, tasks: [{type: held_out_loss}]}",
         "checkpoint.keep_best={metric: eval/held_out_loss/loss, mode: min}",
@@ -37,14 +37,12 @@ CASES: dict[str, tuple[str, ...]] = {
         "algorithm.normalize_rewards=true",
         "algorithm.whiten_rewards=true",
         "algorithm.critic={normalize: true, warmup_steps: 1, lr: 3e-3}",
-        "model.dtype=bfloat16",
         _SYNCED,
     ),
-    "dpo": ("model.dtype=bfloat16", _SYNCED),
+    "dpo": (_SYNCED,),
     "kto": (
         "algorithm.loss.kind=bco",  # its threshold is a mean over all steps so far
         "algorithm.samples_per_step=8",
-        "model.dtype=bfloat16",
     ),
     "grpo": (
         "algorithm.updates_per_step=2",
@@ -78,11 +76,16 @@ HOLDS: dict[str, frozenset[str]] = {
 }
 """Method to the parts of its run that must not be empty, besides those that every run has."""
 
+_BFLOAT16_ALONE = frozenset({"sft", "ppo", "dpo", "kto"})
+"""Methods whose run of one process is in bfloat16. That of two is in the other type."""
+
 _RECIPES = {"preference_sampling": "tiny/preferences"}
 
 
-def command(method: str, folder: str) -> list[str]:
-    """What stands after `align`, each time the run is started."""
+def command(method: str, folder: str, processes: int) -> list[str]:
+    """What stands after `align`, each time the run is started, but for the number of processes."""
     recipe = _RECIPES.get(method, f"tiny/{method}")
-    settings = [*_COMMON, *CASES[method], f"run.dir={folder}", f"run.name={method}"]
+    is_low = (method in _BFLOAT16_ALONE) == (processes == 1)
+    dtype = f"model.dtype={'bfloat16' if is_low else 'float32'}"
+    settings = [*_COMMON, *CASES[method], dtype, f"run.dir={folder}", f"run.name={method}"]
     return ["train", recipe, *settings]

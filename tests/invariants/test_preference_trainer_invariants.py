@@ -227,13 +227,52 @@ def _aot(sides: Sides) -> Tensor:
     return -logsigmoid(0.2 * (own - ref))
 
 
-def _sigmoid(sides: Sides) -> Tensor:
+def _logits(sides: Sides) -> Tensor:
     chosen, rejected = sides.ratios()
+    return 0.2 * (chosen - rejected)
+
+
+def _sigmoid(sides: Sides) -> Tensor:
+    return -logsigmoid(_logits(sides))
+
+
+def _cdpo(sides: Sides) -> Tensor:
+    z = _logits(sides)
+    return -0.9 * logsigmoid(z) - 0.1 * logsigmoid(-z)
+
+
+def _robust(sides: Sides) -> Tensor:
+    z = _logits(sides)
+    return (-0.8 * logsigmoid(z) + 0.2 * logsigmoid(-z)) / 0.6
+
+
+def _simpo(sides: Sides) -> Tensor:
+    means = torch.stack([c.mean() - r.mean() for c, r in sides.own])
+    return -logsigmoid(0.2 * means - 1.3)
+
+
+def _discopop(sides: Sides) -> Tensor:
+    z = _logits(sides)
+    gate = 1 / (1 + (-z / 0.2).exp())
+    return -(1 - gate) * logsigmoid(z) + gate * (-z).exp()
+
+
+def _alpha_divergence(sides: Sides) -> Tensor:
+    """f'(t) = (1 - t^-0.7) / 0.7 of both ratios t in the place of their logarithms."""
+    chosen, rejected = ((1 - (-0.7 * x).exp()) / 0.7 for x in sides.ratios())
     return -logsigmoid(0.2 * (chosen - rejected))
 
 
 BY_HAND: dict[str, tuple[str, Callable[[Sides], Tensor]]] = {
     "sigmoid": ("{kind: sigmoid, beta: 0.2}", _sigmoid),
+    "conservative": ("{kind: sigmoid, beta: 0.2, label_smoothing: 0.1}", _cdpo),
+    "robust": ("{kind: robust, beta: 0.2, label_smoothing: 0.2}", _robust),
+    "simpo": ("{kind: simpo, beta: 0.2, simpo_gamma: 1.3}", _simpo),
+    "discopop": ("{kind: discopop, beta: 0.2, discopop_tau: 0.2}", _discopop),
+    "alpha-divergence": (
+        "{kind: sigmoid, beta: 0.2, divergence: alpha, alpha: 0.7}",
+        _alpha_divergence,
+    ),
     "with a likelihood term": (
         "{kind: sigmoid, beta: 0.2, nll_coef: 0.5}",
         lambda sides: _sigmoid(sides) + 0.5 * sides.nll(),
@@ -296,6 +335,8 @@ def test_i01_dpo_loss_and_gradient_for_every_micro_batch_split(
     expected = by_hand(sides).mean()
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradient(gradients[0], policy.gradients_of(expected))
+    if case == "simpo":  # compares with no reference
+        return
     chosen, rejected = sides.ratios()
     if "desensitized" not in case:
         assert metrics["dpo/reward/margin"] == pytest.approx(
@@ -462,6 +503,9 @@ def test_i45_resumed_is_uninterrupted(
     method, settings = RESUMED[case]
     settings = (*settings, "algorithm.steps=5", "checkpoint={every: 1, keep: 3}", "optim.lr=1e-2")
     whole = run(method, tmp_path / "whole", *settings)
+    evaluated = case in ("dpo, bco's moving average", "dpo, LoRA in bfloat16")
+    if evaluated:  # which changes nothing
+        settings += ("eval={every: 2, tasks: [{type: preference}]}",)
     with monkeypatch.context() as patch:
         original = TRAINERS[method].step
 
@@ -476,6 +520,7 @@ def test_i45_resumed_is_uninterrupted(
             run(method, tmp_path / "cut", *settings)
     resumed = run(method, tmp_path / "cut", *settings)
     assert [event["step"] for event in events_of(resumed, "resume")] == [3]
+    assert any(resumed.evals_dir.glob("*")) == evaluated
     assert steps_of(resumed) == steps_of(whole)
     if "LoRA" not in case:
         ours, theirs = weights_of(resumed), weights_of(whole)

@@ -104,6 +104,22 @@ def test_i16_no_stale_state_after_a_weight_update(engine: Any) -> None:
 
 
 @each_engine
+def test_i16_no_stale_state_after_a_weight_update_greedily(engine: Any) -> None:
+    """Also of engines whose random draws are not counter-based."""
+    model = tiny_model("llama")
+    used = engine(model, Letters())
+    greedy = replace(PARAMS, temperature=0.0, n=1)
+    before = outcome(used, [SHORT, LONG], greedy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    used.weights_updated(1)
+    after = outcome(used, [SHORT, LONG], greedy)
+    assert after == outcome(engine(copy.deepcopy(model), Letters()), [SHORT, LONG], greedy)
+    assert after != before
+
+
+@each_engine
 def test_i43_sampling_leaves_the_shared_random_state_alone(engine: Any) -> None:
     used = engine(tiny_model("llama"), Letters())
     torch.manual_seed(3)

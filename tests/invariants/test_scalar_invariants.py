@@ -158,6 +158,24 @@ def test_i01_the_gradient_of_pairs_does_not_depend_on_micro_batches(budget: int)
     assert_same(parts, whole)
 
 
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_micro_batches_that_are_read_after_each_token_stay_within_the_budget(
+    shares_prompts: bool, together: int
+) -> None:
+    """A reward model reads the last token too: 10 tokens a sample here, where a policy reads 9."""
+    model = scalar(tiny_model().base_model)
+    if not shares_prompts:
+        model.backbone.plain_reason = "as if its layers kept a state"
+    samples = [Sample((3 + i, 4, 5, 6), (7,) * 6, (True,) * 6) for i in range(8)]
+    for budget in (20, 36, 40):
+        plan = model.plan(samples, budget, together=together)
+        costs = [model([samples[i] for i in batch]).n_tokens for batch in plan]
+        assert sum(costs) == 80
+        assert max(costs) <= budget
+    assert plan == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_i12_there_is_no_dropout_outside_the_update() -> None:
     model = scalar(tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).base_model)
     samples = pairs(2)

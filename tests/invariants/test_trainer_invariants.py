@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from tiny_runs import (
     weights_of,
 )
 from torch import Tensor
+from typer.testing import CliRunner
 
+from alignment.cli import app
 from alignment.distributed import Distributed
 from alignment.losses import TokenLoss, sft_loss
 from alignment.modeling.scorer import Scores
@@ -274,12 +277,44 @@ def test_i41_a_constant_reward_is_diagnosed_and_stops_the_run(tmp_path: Path) ->
         assert record["optim/grad_norm"] == 0.0
 
 
+def test_i41_a_gradient_of_zero_is_diagnosed_and_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = POLICY_LOSSES["clip"]
+
+    def constant(*arguments: Any) -> TokenLoss:
+        loss = clip(*arguments)
+        return replace(loss, per_token=loss.per_token * 0.0)
+
+    monkeypatch.setitem(POLICY_LOSSES, "clip", constant)
+    reason = "the gradient is exactly zero"
+    with pytest.raises(AlignmentError, match=f"learned in 3 steps in a row: {reason}"):
+        # Not all are cut off, which would be another reason.
+        ends = "rollout.stop=[a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]"
+        run("grpo", tmp_path, ends, "algorithm.steps=20", "limits.idle_steps=3")
+    directory = RunDirectory.open(tmp_path / "grpo")
+    diagnoses = [event["message"] for event in events_of(directory, "diagnosis")]
+    assert diagnoses == [f"step {step}: {reason}" for step in (1, 2, 3)]
+    for record in metrics_of(directory):  # the rewards are not the reason
+        assert record["groups/with_spread"] > 0.0
+        assert record["reward/std_in_group"] > 0.0
+
+
 def test_i41_completions_all_cut_off_are_diagnosed(tmp_path: Path) -> None:
     directory = run("grpo", tmp_path, "rollout.max_new_tokens=1")
     assert metrics_of(directory)[0]["completion/cut_off"] == 1.0
     (event,) = (e for e in events_of(directory, "diagnosis") if "cut off" in e["message"])
     assert event["step"] == 1
     assert "raise rollout.max_new_tokens" in event["message"]
+
+
+def test_i41_three_samples_of_the_first_step_are_shown(tmp_path: Path) -> None:
+    settings = ["algorithm.steps=2", "expect=[]", f"run.dir={tmp_path}"]
+    result = CliRunner().invoke(app, ["train", "tiny/grpo", *settings])
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"samples of step (\d+)", result.output) == ["1"]
+    shown = re.findall(r"^│ +[\d.]+ │ (?:correct|incorrect|scored) +│", result.output, re.MULTILINE)
+    assert len(shown) == 3
 
 
 # -- non-finite numbers -----------------------------------------------------------------------

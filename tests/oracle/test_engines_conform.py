@@ -237,7 +237,7 @@ def test_nothing_asked_nothing_done(name: str) -> None:
 
 
 @each_counted
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_completion_does_not_depend_on_its_batch(name: str, family: str) -> None:
     model = tiny_model(family)
     params = replace(BASE, max_new_tokens=14)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_models import FAMILIES, RECURRENT, VOCAB, recurrent_model, tiny_model
 from torch import Tensor
 
-from alignment.modeling import packing
+from alignment.modeling import packing, scorer
 from alignment.modeling.attention import Piece, SeamsLost, recomputed_alike
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.packing import plan_micro_batches
@@ -45,12 +47,16 @@ def gradients(model) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["default", "short pieces", "block masks", "eager"])
+@pytest.mark.parametrize(
+    "attention", ["default", "small chunks", "short pieces", "block masks", "eager"]
+)
 def test_i25_packed_equals_one_by_one_in_values_and_gradients(
     family: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if attention == "short pieces":  # completions apart from their prompts
         monkeypatch.setattr(packing, "PIECE_TOKENS", 9)
+    if attention == "small chunks":  # the last of them not full
+        monkeypatch.setattr(scorer, "CHUNK", 7)
     model = tiny_model(family)
     runs_sdpa = model.config._attn_implementation == "sdpa"
     if attention == "eager":
@@ -202,7 +208,29 @@ def test_i10_temperature_and_entropy_follow_the_closed_form() -> None:
     assert scores.greedy[0].tolist() == (logits.argmax(-1) == target).tolist()
 
 
-def test_full_kl_equals_the_sum_over_the_vocabulary() -> None:
+def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backward pass too, which computes them a second time."""
+    monkeypatch.setattr(scorer, "CHUNK", 7)
+    model, samples = tiny_model(), random_samples()
+    states = predicting_states(Backbone(tiny_model(seed=1)), samples)
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: rows.append(output.numel() // VOCAB)
+    )
+    scores = score(Backbone(model), samples, entropy=True, reference=states)
+    chunks = math.ceil(sum(len(s.completion_ids) for s in samples) / 7)
+    assert len(rows) == chunks == 8
+    assert scores.full_kl is not None
+    (scores.logprobs.sum() + scores.full_kl.sum()).backward()
+    assert max(rows) == 7
+    assert len(rows) > chunks
+
+
+@pytest.mark.parametrize("chunk", [scorer.CHUNK, 7])
+def test_full_kl_equals_the_sum_over_the_vocabulary(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "CHUNK", chunk)
     policy, reference = tiny_model(seed=0), tiny_model(seed=1)
     samples = random_samples(2, 2)
     states = predicting_states(Backbone(reference), samples)

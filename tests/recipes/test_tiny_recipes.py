@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from alignment.cli import app
 from alignment.config.load import load_recipe, shipped_recipes
 from alignment.runs.directory import RunDirectory
+from alignment.runs.lock import LOCK
 from alignment.runs.metrics import read_metrics
 from alignment.trainers import pipeline as pipeline_module
 from alignment.trainers.sft import SFTTrainer
@@ -186,7 +187,8 @@ def test_a_finished_pipeline_is_not_run_again(finished: dict[str, Finished]) -> 
     assert time.monotonic() - began < 5.0
     assert result.output.count("is finished already") == 2
     after = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    assert {file.name for file in after if after[file] != before.get(file)} == {"report.html"}
+    changed = {file.name for file in after if after[file] != before.get(file)}
+    assert changed == {"report.html", LOCK}
 
 
 PIPELINE = """

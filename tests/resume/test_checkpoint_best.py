@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+from saved_state import save_checkpoint
 from test_resume import Interrupted, fail_when, settings_of
 from tiny_runs import events_of, recipe_of, run
 
 from alignment.config.counts import describe_counts
-from alignment.runs.checkpoint import discard_checkpoints_after, list_checkpoints, save_checkpoint
+from alignment.runs.checkpoint import discard_checkpoints_after, list_checkpoints
 from alignment.runs.checkpoint_writer import BestBy
 from alignment.runs.metrics import MetricsWriter, read_metrics
 from alignment.trainers.sft import SFTTrainer

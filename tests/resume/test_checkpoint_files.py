@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_state import save_checkpoint
 
 from alignment.runs import checkpoint, files
 from alignment.runs.checkpoint import (
@@ -23,7 +24,6 @@ from alignment.runs.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    save_checkpoint,
 )
 from alignment.runs.directory import RunDirectory
 from alignment.runs.metrics import MetricsWriter, read_metrics
@@ -413,7 +413,7 @@ def test_a_write_that_raises_leaves_nothing_behind(tmp_path, monkeypatch):
 
 CHILD = """
 import sys, torch
-from alignment.runs.checkpoint import save_checkpoint
+from saved_state import save_checkpoint
 torch.set_num_threads(1)
 step = 0
 while True:
@@ -426,7 +426,10 @@ while True:
 
 def test_a_killed_process_leaves_the_last_checkpoint_it_told_of(tmp_path):
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHILD, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert child.stdout is not None
@@ -471,8 +474,17 @@ def test_rewind_takes_the_whole_run_back(tmp_path):
     run.rollouts_dir.mkdir()
     for step in (2, 3):
         (run.rollouts_dir / f"step-00000{step}.parquet").write_text("")
+    run.evals_dir.mkdir()
+    for name in ("quiz-step-000000", "quiz,seed=0-step-000002", "quiz-step-000003"):
+        for form in ("json", "jsonl"):
+            (run.evals_dir / f"{name}.{form}").write_text("")
     (run.checkpoints_dir / ".tmp-0123").mkdir()  # what a killed write leaves
     rewind(run, 2)
+    assert [name for name in names(run.evals_dir) if name.endswith(".json")] == [
+        "quiz,seed=0-step-000002.json",
+        "quiz-step-000000.json",
+    ]
+    assert len(names(run.evals_dir)) == 4
     assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2]
     assert names(run.rollouts_dir) == ["step-000002.parquet"]
     assert names(run.checkpoints_dir) == ["step-000001", "step-000002"]

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tiny_runs import (
     GRPO,
+    SFT,
     events_of,
     metrics_of,
     recipe_of,
@@ -27,9 +29,11 @@ from tiny_runs import (
 from typer.testing import CliRunner
 
 from alignment.cli import app
-from alignment.runs.checkpoint import list_checkpoints
+from alignment.modeling.export import save_policy
+from alignment.runs.checkpoint import list_checkpoints, load_checkpoint
 from alignment.runs.directory import RunDirectory
 from alignment.runs.metrics import read_metrics
+from alignment.runs.outputs import FINISHED
 from alignment.trainers import run as run_module
 from alignment.trainers.grpo import GRPOTrainer
 from alignment.trainers.loop import Loop, Stopped
@@ -38,21 +42,34 @@ from alignment.trainers.sft import SFTTrainer
 from alignment.types import UserInputError
 
 STEPS = ("algorithm.steps=6", "optim.schedule=cosine", "optim.lr=1e-2")
+MOVING = (
+    "algorithm.kl={coef: 0.1, controller: adaptive, target: 0.01, horizon: 50}",
+    "model.reference={mode: synced, every: 2, mix: 0.5}",
+)
+FEW = ("algorithm.prompts_per_step=2",)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("sft", ()),
     "sft with dropout, bfloat16": (
         "sft",
         ("model.lora={rank: 4, dropout: 0.3}", "model.dtype=bfloat16"),
     ),
-    "grpo": (
+    "grpo": ("grpo", ("algorithm.updates_per_step=2", *MOVING)),
+    "grpo with transformers' engine": ("grpo", ("rollout.engine=hf",)),
+    "grpo, bfloat16": (
         "grpo",
+        ("algorithm.epochs_per_step=2", *FEW, *MOVING, "model.dtype=bfloat16"),
+    ),
+    "rlvr": (
+        "rlvr",
         (
+            *FEW,
             "algorithm.updates_per_step=2",
-            "algorithm.kl={coef: 0.1, controller: adaptive, target: 0.01, horizon: 50}",
-            "model.reference={mode: synced, every: 2, mix: 0.5}",
+            "algorithm.epochs_per_step=2",
+            "algorithm.dynamic_sampling=refill",
+            "algorithm.kl={coef: 0.05, placement: reward, estimator: k1, controller: adaptive, "
+            "target: 0.02, horizon: 50}",
         ),
     ),
-    "grpo with transformers' engine": ("grpo", ("rollout.engine=hf",)),
 }
 
 
@@ -72,7 +89,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], R
     def of(case: str) -> RunDirectory:
         if case not in made:
             folder = tmp_path_factory.mktemp("whole")
-            made[case] = run(CASES[case][0], folder, *settings_of(case))
+            made[case] = run(CASES[case][0], folder, *settings_of(case), "eval={}")
         return made[case]
 
     return of
@@ -115,8 +132,24 @@ MOMENTS: dict[str, Callable[[Any], tuple[Any, str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("case", CASES)
+ONE_MOMENT = ("grpo, bfloat16", "rlvr")
+"""Cases that are interrupted at one of the moments alone, after the updates of a step."""
+
+EVALUATED = {
+    "rlvr": "eval={every: 2, tasks: [{type: verifiable, samples: 1, prompts: 2}]}",
+}
+"""What the interrupted runs of a case evaluate, and the whole one does not."""
+
+
+@pytest.mark.parametrize(
+    ("case", "moment"),
+    [
+        (case, moment)
+        for case in CASES
+        for moment in MOMENTS
+        if case not in ONE_MOMENT or moment == "before its checkpoint"
+    ],
+)
 def test_i45_resumed_is_uninterrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,15 +158,26 @@ def test_i45_resumed_is_uninterrupted(
     moment: str,
 ) -> None:
     method = CASES[case][0]
-    trainer = {"sft": SFTTrainer, "grpo": GRPOTrainer}[method]
+    trainer = SFTTrainer if method == "sft" else GRPOTrainer
+    settings = (*settings_of(case), EVALUATED.get(case, "eval={}"))
     with monkeypatch.context() as patch:
         fail_when(patch, *MOMENTS[moment](trainer))
         with pytest.raises(Interrupted):
-            run(method, tmp_path, *settings_of(case))
-    resumed = run(method, tmp_path, *settings_of(case))
+            run(method, tmp_path, *settings)
+    resumed = run(method, tmp_path, *settings)
+    assert any(resumed.evals_dir.glob("*")) == (case in EVALUATED)
     (event,) = events_of(resumed, "resume")
     assert event["step"] == (6 if moment == "while the model is saved" else 3)
     assert_same_run(resumed, uninterrupted(case))
+
+
+def test_the_rlvr_case_has_state_to_lose(uninterrupted: Callable[[str], RunDirectory]) -> None:
+    whole = uninterrupted("rlvr")
+    (_, last) = list_checkpoints(whole.checkpoints_dir)[-1]
+    state = load_checkpoint(last)["trainer"]
+    assert state["order"]["position"] > 6 * 2  # groups were replaced
+    assert state["update"]["policy_version"] == 6 * 4
+    assert state["kl"]["coef"] != 0.05
 
 
 @pytest.mark.parametrize("every", [0, 2, 5])
@@ -217,6 +261,27 @@ def test_i45_killed_at_any_moment(
     assert_same_run(resumed, uninterrupted("grpo"))
 
 
+def test_i45_a_second_start_is_refused_and_after_a_kill_the_next_goes_on(
+    tmp_path: Path, uninterrupted: Callable[[str], RunDirectory]
+) -> None:
+    command = ["train", "tiny/grpo", *GRPO, f"run.dir={tmp_path}", *settings_of("grpo")]
+    process = started(tmp_path)
+    process.send_signal(signal.SIGSTOP)  # it cannot come to its end
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    run_dir = RunDirectory(tmp_path / "grpo")
+    before = [file.read_bytes() for file in (run_dir.metrics, run_dir.events, run_dir.info)]
+    second = CliRunner().invoke(app, command)
+    assert second.exit_code == 2
+    assert f"{run_dir.path} is being trained by process {process.pid} on" in second.output
+    after = [file.read_bytes() for file in (run_dir.metrics, run_dir.events, run_dir.info)]
+    assert after == before
+    process.kill()
+    process.communicate()
+    third = CliRunner().invoke(app, command)
+    assert third.exit_code == 0, third.output
+    assert_same_run(run_dir, uninterrupted("grpo"))
+
+
 def test_sigterm_finishes_the_step_saves_and_exits_with_0(tmp_path: Path) -> None:
     process = started(tmp_path, "algorithm.steps=200", "checkpoint.every=0")
     process.send_signal(signal.SIGTERM)
@@ -254,6 +319,51 @@ def test_a_signal_in_a_step_stops_after_it(
     assert_same_run(RunDirectory.open(tmp_path / "grpo"), uninterrupted("grpo"))
 
 
+def signal_when_saving(patch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """A signal while the final model is saved."""
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), number)
+        save_policy(*arguments)
+
+    patch.setattr(run_module, "save_policy", signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_step_lets_the_run_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: Callable[[str], RunDirectory],
+    number: signal.Signals,
+) -> None:
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    signal_when_saving(monkeypatch, number)
+    settings = [*SFT, f"run.dir={tmp_path}", *settings_of("sft")]
+    with default_interrupts():
+        result = CliRunner().invoke(app, ["train", "tiny/sft", *settings])
+    assert result.exit_code == 0, result.output
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    ended = RunDirectory.open(tmp_path / "sft")
+    assert (ended.path / FINISHED).is_file() and ended.report.is_file()
+    assert_same_run(ended, uninterrupted("sft"))
+
+
+def test_a_signal_while_a_stage_is_saved_stops_the_pipeline_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        signal_when_saving(patch, signal.SIGTERM)
+        pipeline = ["train", "tiny/quickstart", f"run.dir={tmp_path}", "run.name=two"]
+        pipeline += ["stages.sft.set.algorithm.steps=2", "stages.sft.set.expect=[]"]
+        stopped = CliRunner().invoke(app, pipeline)
+    assert stopped.exit_code == 0, stopped.output
+    said = "stopped after the last step of stage sft, which is saved; to go on: align train"
+    assert said in " ".join(stopped.output.split())
+    stages = tmp_path / "two" / "stages"
+    assert [path.name for path in stages.iterdir()] == ["sft"]
+    assert (stages / "sft" / FINISHED).is_file()
+
+
 def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def signalled(self: GRPOTrainer, step: int) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -263,22 +373,29 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.fail("the second signal did not act")
 
     monkeypatch.setattr(GRPOTrainer, "step", signalled)
-    # A test run started in the background inherits SIGINT ignored; "as usual" is Python's own.
+    with default_interrupts(), pytest.raises(KeyboardInterrupt):
+        run("grpo", tmp_path, *settings_of("grpo"))
+
+
+@contextmanager
+def default_interrupts() -> Iterator[None]:
+    """Without a handler of its own: a test run started in the background inherits SIGINT ignored,
+    and "as usual" is Python's own."""
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            run("grpo", tmp_path, *settings_of("grpo"))
+        yield
     finally:
         signal.signal(signal.SIGINT, inherited)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_exits_with_0_when_it_was_asked_to_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     original = SFTTrainer.step
 
     def signalled(self: SFTTrainer, step: int) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return original(self, step)
 
     monkeypatch.setattr(SFTTrainer, "step", signalled)

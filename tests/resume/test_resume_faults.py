@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from saved_state import save_checkpoint
 from test_resume import Interrupted, assert_same_run, fail_when, settings_of
 from tiny_runs import events_of, run, steps_of
 
@@ -23,7 +24,6 @@ from alignment.runs.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    save_checkpoint,
     write_checkpoint,
 )
 from alignment.runs.directory import RunDirectory
@@ -66,12 +66,26 @@ def test_the_next_step_runs_while_a_checkpoint_is_written(
     assert [event["step"] for event in events_of(result, "checkpoint")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])
-def test_a_disk_that_is_full_stops_the_run_with_its_last_checkpoint_intact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: RunDirectory, step: int
+@pytest.mark.parametrize(
+    ("step", "number", "said"),
+    [
+        (1, errno.ENOSPC, "disk is full"),
+        (4, errno.ENOSPC, "disk is full"),
+        (6, errno.ENOSPC, "disk is full"),
+        (4, errno.EROFS, "read-only"),
+        (4, errno.EACCES, "permission denied"),
+    ],
+)
+def test_a_disk_that_is_full_or_locked_stops_the_run_with_its_last_checkpoint_intact(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: RunDirectory,
+    step: int,
+    number: int,
+    said: str,
 ) -> None:
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     def failing(directory: Path, at: int, *args: Any, **kwargs: Any) -> Path:
         with monkeypatch.context() as patch:
@@ -82,7 +96,7 @@ def test_a_disk_that_is_full_stops_the_run_with_its_last_checkpoint_intact(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_writer, "write_checkpoint", failing)
         # The next step's own files may be the first to meet the full disk.
-        with pytest.raises(AlignmentError, match="disk is full"):
+        with pytest.raises(AlignmentError, match=said):
             run("sft", tmp_path, *settings_of("sft"))
     assert steps_with_checkpoints(tmp_path) == [at for at in range(1, step) if at > step - 4]
     resumed = run("sft", tmp_path, *settings_of("sft"))
@@ -187,10 +201,67 @@ def add_part(state: dict[str, Any]) -> str:
     return r"'trainer\.order\.weights', which one of them does not have"
 
 
-def drop_moment(state: dict[str, Any]) -> str:
+OTHER_PARAMETERS = "optimizer's state in the checkpoint is of other parameters"
+
+
+def moments_of_one(state: dict[str, Any]) -> dict[str, Any]:
+    moments: dict[str, Any] = next(iter(state["model"]["optimizer"]["moments"].values()))
+    return moments
+
+
+def drop_moments_of_one(state: dict[str, Any]) -> str:
     name = next(iter(state["model"]["optimizer"]["moments"]))
     del state["model"]["optimizer"]["moments"][name]
-    return "optimizer's state in the checkpoint is of other parameters"
+    return OTHER_PARAMETERS
+
+
+def drop_all_moments(state: dict[str, Any]) -> str:
+    state["model"]["optimizer"]["moments"] = {}
+    return "holds no moments of the optimizer, and counts 2 updates"
+
+
+def moments_before_any_update(state: dict[str, Any]) -> str:
+    state["trainer"]["update"]["policy_version"] = 0
+    return "holds moments of the optimizer, and counts 0 updates"
+
+
+def unknown_moment(state: dict[str, Any]) -> str:
+    moments = moments_of_one(state)
+    moments["max_exp_avg_sq"] = moments["exp_avg_sq"].clone()
+    return OTHER_PARAMETERS
+
+
+def drop_moment(state: dict[str, Any]) -> str:
+    del moments_of_one(state)["exp_avg"]
+    return OTHER_PARAMETERS
+
+
+def short_moment(state: dict[str, Any]) -> str:
+    moments = moments_of_one(state)
+    moments["exp_avg"] = moments["exp_avg"].flatten()[:1]  # the fused step would read on
+    return OTHER_PARAMETERS
+
+
+def moment_in_another_format(state: dict[str, Any]) -> str:
+    moments = moments_of_one(state)
+    moments["exp_avg_sq"] = moments["exp_avg_sq"].to(torch.bfloat16)
+    return OTHER_PARAMETERS
+
+
+def long_step(state: dict[str, Any]) -> str:
+    moments = moments_of_one(state)
+    moments["step"] = moments["step"].expand(2).clone()
+    return OTHER_PARAMETERS
+
+
+def drop_counter(state: dict[str, Any]) -> str:
+    del state["trainer"]["update"]["policy_version"]
+    return r"the checkpoint of step 2 cannot be restored: KeyError 'policy_version'; resume with"
+
+
+def no_part(state: dict[str, Any]) -> str:
+    state["trainer"]["order"] = None
+    return r"the checkpoint of step 2 cannot be restored: TypeError .*; resume with"
 
 
 def other_shape(state: dict[str, Any]) -> str:
@@ -205,23 +276,46 @@ def other_format(state: dict[str, Any]) -> str:
     return r"cannot be restored exactly: the tensor 'model\.weights\.model.* differs"
 
 
-@pytest.mark.parametrize("change", [add_part, drop_moment, other_shape, other_format])
-def test_a_checkpoint_of_something_else_is_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[dict[str, Any]], str],
-) -> None:
-    """Whole, and of this run as far as its manifest can tell."""
-    with monkeypatch.context() as patch:
+CHANGES = (
+    add_part,
+    drop_moments_of_one,
+    drop_all_moments,
+    moments_before_any_update,
+    unknown_moment,
+    drop_moment,
+    short_moment,
+    moment_in_another_format,
+    long_step,
+    drop_counter,
+    no_part,
+    other_shape,
+    other_format,
+)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Where a run was cut short, and its checkpoint as it was saved."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
         fail_when(patch, SFTTrainer, "step", 3)
         with pytest.raises(Interrupted):
-            run("sft", tmp_path, *settings_of("sft"))
-    folder = tmp_path / "sft" / "checkpoints"
-    state = load_checkpoint(folder / "step-000002")
+            run("sft", folder, *settings_of("sft"))
+    saved = shutil.move(folder / "sft" / "checkpoints" / "step-000002", folder / "saved")
+    return folder, Path(saved)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_of_something_else_is_refused(
+    interrupted: tuple[Path, Path], change: Callable[[dict[str, Any]], str]
+) -> None:
+    """Whole, and of this run as far as its manifest can tell."""
+    folder, saved = interrupted
+    state = load_checkpoint(saved)
     said = change(state)
-    save_checkpoint(folder, 2, state, keep=3)
+    save_checkpoint(folder / "sft" / "checkpoints", 2, state, keep=3)
     with pytest.raises(AlignmentError, match=said):
-        run("sft", tmp_path, *settings_of("sft"))
+        run("sft", folder, *settings_of("sft"))
 
 
 def by_lot(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_server import serving
-from feedback_runs import answering, endpoint, recipe_of, rows_of, run, steps_on_ranks, total
+from feedback_runs import (
+    answering,
+    context_of,
+    endpoint,
+    recipe_of,
+    rows_of,
+    run,
+    steps_on_ranks,
+    total,
+)
+from safetensors.torch import load_file
 from tiny_runs import events_of, metrics_of, rollouts_of, steps_of
+from transformers import AutoModelForSequenceClassification
 
 from alignment.config.load import load_recipe
+from alignment.config.schema import Recipe
 from alignment.data.pairs import build_pairs
 from alignment.feedback.chat_model import Failure
 from alignment.modeling.tiny import byte_tokenizer
@@ -21,6 +35,7 @@ from alignment.runs.checkpoint import list_checkpoints
 from alignment.runs.directory import RunDirectory
 from alignment.trainers.ai_feedback import pairs_of, statistics, why_unfit
 from alignment.trainers.loop import Loop
+from alignment.trainers.run import train
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -127,6 +142,50 @@ def test_the_rows_serve_preference_methods(judged: RunDirectory) -> None:
     pairs, report = build_pairs(rows, tokenizer)
     assert len(pairs) == len(rows) - report.n_dropped > 10
     assert pairs.margins == ()
+
+
+def test_a_reward_model_of_the_rows_is_reward_and_critic_of_ppo(
+    judged: RunDirectory, tmp_path: Path
+) -> None:
+    def recipe(name: str, *overrides: str) -> Recipe:
+        common = ("algorithm.steps=2", "expect=[]", f"run.dir={tmp_path}")
+        found = load_recipe(name, [*common, *overrides])
+        assert isinstance(found, Recipe)
+        return found
+
+    labels = f"data={{type: file, path: '{judged.data}', held_out: 4}}"
+    learned = train(recipe("tiny/reward_model", labels))
+    ppo = recipe(
+        "tiny/ppo",
+        f"algorithm.critic.path='{learned.model_dir}'",
+        f"rewards=[{{type: reward_model, path: '{learned.model_dir}', dtype: float32}}]",
+        "algorithm.prompts_per_step=8",
+    )
+    saved = load_file(learned.model_dir / "model.safetensors")
+    critic: Any = context_of(ppo, tmp_path / "start").critic
+    head = {"score.weight": critic.model.head.weight}
+    start = {f"model.{n}": p for n, p in critic.model.decoder.named_parameters()} | head
+    assert start.keys() == saved.keys()
+    assert all(torch.equal(start[name], saved[name]) for name in saved)
+    finished = train(ppo)
+    for one in (learned, finished):
+        assert (one.path / "finished.json").is_file()
+        assert len(metrics_of(one)) == 2
+        assert all(math.isfinite(value) for record in metrics_of(one) for value in record.values())
+    scores = scores_of(learned, rollouts_of(finished)[0])
+    assert len({round(score, 3) for score in scores}) > 4
+    assert [row["reward"] for row in rollouts_of(finished)[0]] == pytest.approx(scores, abs=1e-4)
+    assert metrics_of(finished)[0]["reward/mean"] == pytest.approx(sum(scores) / 8, abs=1e-4)
+
+
+def scores_of(learned: RunDirectory, rows: list[dict[str, Any]]) -> list[float]:
+    """What transformers makes of a reward model, row by row, normalized by hand."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(learned.model_dir)
+    ids = [torch.tensor([[*row["prompt_ids"], *row["completion_ids"]]]) for row in rows]
+    with torch.no_grad():
+        raw = [float(model(input_ids=one).logits) for one in ids]
+    stated = json.loads((learned.model_dir / "score_normalization.json").read_text("utf-8"))
+    return [(score - stated["mean"]) / stated["std"] for score in raw]
 
 
 def test_statistics_are_those_of_all_verdicts(judged: RunDirectory) -> None:

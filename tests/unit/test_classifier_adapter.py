@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from alignment.config import Recipe, load_recipe
 from alignment.data.chat import encode_prompt
-from alignment.modeling.load import load_causal_lm, load_tokenizer
+from alignment.modeling.heads import ScalarModel
+from alignment.modeling.load import LoraOptions, load_causal_lm, load_tokenizer
 from alignment.modeling.reference import trainable
-from alignment.modeling.scalar import load_scalar_model
-from alignment.modeling.tiny import build_tiny
+from alignment.modeling.scalar import load_scalar_model, save_scalar_model
+from alignment.modeling.tiny import build_tiny, byte_tokenizer
 from alignment.trainers.export import export
 from alignment.trainers.run import train
 from alignment.types import Completion, Prompt, Sample, StopReason, UserInputError
@@ -128,3 +130,58 @@ def test_a_language_models_adapter_is_no_reward_model(base: Path, tmp_path: Path
     get_peft_model(untyped, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
     with pytest.raises(UserInputError, match="an adapter without its base"):
         load_scalar_model(tmp_path)
+
+
+# -- saved here -------------------------------------------------------------------------------
+
+
+def trained_with_lora(base: Path, dtype: str, *, seed: int = 7) -> ScalarModel:
+    """A reward model whose adapter and head have moved."""
+    model = load_scalar_model(base, dtype=dtype, lora=LoraOptions(rank=4))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += (0.1 * noise).to(parameter.dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
+def test_an_adapter_saved_here_loads_back_to_the_scores_of_the_merged_model(
+    tmp_path: Path, family: str, dtype: str
+) -> None:
+    """Bit for bit, also where the base's files have more digits than the model in training."""
+    tiny_model(family, vocab_size=260, eos_token_id=258).save_pretrained(tmp_path / "base")
+    model = trained_with_lora(tmp_path / "base", dtype)
+    saved = tmp_path / "reward"
+    save_scalar_model(model, byte_tokenizer(), saved)
+    merged = load_scalar_model(saved, dtype=dtype).scores(SAMPLES, 4096)
+    assert load_scalar_model(saved / "adapter", dtype=dtype).scores(SAMPLES, 4096) == merged
+    # Without merging, the same sum is taken in another order, and rounded otherwise.
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    assert model.scores(SAMPLES, 4096) == pytest.approx(merged, abs=tolerance)
+    before = load_scalar_model(tmp_path / "base", dtype=dtype).scores(SAMPLES, 4096)
+    assert max(abs(a - b) for a, b in zip(merged, before, strict=True)) > 0.2
+
+
+def test_an_adapter_saved_here_is_one_for_peft(base: Path, tmp_path: Path) -> None:
+    model = trained_with_lora(base, "float32")
+    save_scalar_model(model, byte_tokenizer(), tmp_path)
+    auto: Any = AutoModelForSequenceClassification
+    whole = auto.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(whole, str(tmp_path / "adapter")).eval()
+    assert model.scores(SAMPLES, 4096) == pytest.approx(theirs(loaded), abs=1e-5)
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == len(
+        trainable(model)
+    )
+
+
+def test_an_adapter_on_a_merged_adapter_is_saved_merged_only(adapter: Path, tmp_path: Path) -> None:
+    model = trained_with_lora(adapter, "float32")
+    save_scalar_model(model, byte_tokenizer(), tmp_path)
+    assert not (tmp_path / "adapter").exists()
+    loaded = load_scalar_model(tmp_path).scores(SAMPLES, 4096)
+    assert loaded == pytest.approx(model.scores(SAMPLES, 4096), abs=1e-4)

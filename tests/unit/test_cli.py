@@ -262,13 +262,15 @@ def test_eval_checks_the_tasks_and_prints_their_metrics(
 ) -> None:
     monkeypatch.setitem(registry._registered, "task", {"quiz": quiz, "exam": quiz})
     outcome = Evaluated({"accuracy": 0.51234, "n": 40.0}, {"accuracy": (0.4, 0.625)})
-    made = calls("alignment.trainers.evaluation:evaluate_command", {"quiz": outcome})
+    found = types.SimpleNamespace(results={"quiz": outcome}, folder=Path("runs/a/evals"))
+    made = calls("alignment.trainers.evaluate:evaluate", found)
     result = align(
         *("eval", "runs/a", "--task", "quiz", "--task", "exam"),
         *("--set", "ks=[1, 4]", "--samples", "8", "--recipe", "recipe.yaml"),
     )
     assert result.exit_code == 0, result.output
-    assert result.stdout == "quiz  accuracy  0.5123  [0.4, 0.625]\nquiz  n         40\n"
+    rows = "quiz  accuracy  0.5123  [0.4, 0.625]\nquiz  n         40\n"
+    assert result.stdout == f"{rows}saved in {Path('runs/a/evals')}\n"
     ((target, tasks), keywords) = made[0]
     assert target == "runs/a"
     assert [task.type for task in tasks] == ["quiz", "exam"]
@@ -292,7 +294,7 @@ def test_eval_refuses_what_it_cannot_run(
     message: str,
 ) -> None:
     monkeypatch.setitem(registry._registered, "task", {"quiz": quiz})
-    made = calls("alignment.trainers.evaluation:evaluate_command", {})
+    made = calls("alignment.trainers.evaluate:evaluate")
     result = align("eval", "runs/a", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -411,6 +413,7 @@ def test_help_is_instant_and_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_checking_and_dry_running_import_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
     (tmp_path / "r.yaml").write_text(RECIPE.replace("toy, size: 5", "file, path: rows.jsonl"))
     for arguments in (["check", "r.yaml"], ["train", "r.yaml", "--dry-run"]):
         result = run(HELP, *arguments, cwd=tmp_path)
@@ -418,6 +421,7 @@ def test_checking_and_dry_running_import_no_torch(tmp_path: Path) -> None:
 
 
 def test_rewards_beside_the_recipe_are_found_and_the_module_runs(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
     (tmp_path / "mine.py").write_text("def score(completions): return [0.0 for _ in completions]\n")
     recipe = RECIPE.replace("toy, size: 5", "file, path: rows.jsonl").replace(
         "{type: sft, steps: 10, samples_per_step: 4}",

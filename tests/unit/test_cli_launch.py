@@ -19,7 +19,7 @@ from alignment.runs.events import read_events
 from alignment.runs.launched import LAUNCHER, OPTIONS, REPORTS, Report, read_reports, report
 from alignment.types import UserInputError
 
-SHIPPED = ("ddp", "fsdp2")
+SHIPPED = ("ddp", "fsdp2", "zero2", "zero3")
 FAILED_TO_START = ValueError("You need to manually pass in `--num_processes`")
 
 
@@ -30,7 +30,10 @@ def not_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_configuration_is_found_by_name(name: str) -> None:
+def test_a_shipped_configuration_is_found_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, "find_spec", lambda package: package)  # installed or not
     plan = plan_launch(name, 2)
     assert plan.config.name == f"{name}.yaml"
     assert (plan.processes, plan.machines) == (2, 1)
@@ -56,9 +59,12 @@ def test_a_file_says_how_many_where_the_command_does_not(tmp_path: Path) -> None
     ("text", "processes", "said"),
     [
         (None, 2, "did you mean 'fsdp2'?"),
-        ("distributed_type: DEEPSPEED\n", 2, "--accelerate fsdp2 shards what ZeRO-3 does"),
         ("distributed_type: MULTI_GPU\n", None, "--processes N"),
-        ("distributed_type: MULTI_CPU\nnum_processes: 2\n", 2, "use one of MULTI_GPU, FSDP"),
+        (
+            "distributed_type: MULTI_CPU\nnum_processes: 2\n",
+            2,
+            "use one of MULTI_GPU, FSDP, DEEPSPEED",
+        ),
         ("num_processes: 2\n", 2, "starts one process for distributed_type NO"),
         ("- 1\n", 2, "holds no keys"),
     ],
@@ -75,10 +81,12 @@ def test_what_starts_nothing_is_refused(
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_deepspeed_is_refused_by_name(name: str) -> None:
-    with pytest.raises(UserInputError, match="DeepSpeed is not supported"):
-        plan_launch(name, 2)
+def test_a_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module, "find_spec", lambda package: None)
+    with pytest.raises(
+        UserInputError, match=r"--accelerate zero3: .*alignment-toolkit\[deepspeed\]"
+    ):
+        plan_launch("zero3", 2)
 
 
 def test_a_rank_does_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +185,19 @@ def test_a_killed_rank_is_named_and_in_the_events(
     assert (event["ranks"], event["signal"]) == ([1], 9)
 
 
+def test_a_rank_that_hangs_was_not_killed_for_want_of_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch kills it where it does not end by itself once another rank has."""
+    error, hang = failures(r0=1, r1=-signal.SIGKILL), "rank 0 waited for rank 1"
+    agent: Any = SimpleNamespace(error=error)
+    with pytest.raises(typer.Exit) as left:
+        _conclude(agent, [Report(0, 1, hang, 0.0, hang=True)], [], tmp_path)
+    assert left.value.exit_code == 1
+    assert capsys.readouterr().err == f"align: {hang}\n"
+    assert not (tmp_path / "events.jsonl").exists()
+
+
 def test_a_rank_without_a_message_is_named_and_not_the_one_ended_for_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,4 +230,6 @@ def test_a_report_reaches_the_launcher(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "1")
     assert report("why", 2)
     (found,) = read_reports(tmp_path)
-    assert (found.rank, found.code, found.message) == (1, 2, "why")
+    assert (found.rank, found.code, found.message, found.hang) == (1, 2, "why", False)
+    assert report("it hangs", 1, hang=True)
+    assert [found.hang for found in read_reports(tmp_path)] == [True]

@@ -22,5 +22,10 @@ def test_a_shipped_recipe_says_what_it_is_for(name: str) -> None:
     assert shipped_recipes()[name].read_text(encoding="utf-8").startswith("# ")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_says_what_must_hold_of_its_run(name: str) -> None:
+    assert load_recipe(name).expect
+
+
 def test_launch_configurations_are_no_recipes() -> None:
     assert not [name for name in NAMES if name.startswith("accelerate")]

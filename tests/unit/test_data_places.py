@@ -72,9 +72,23 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path: Path, form: str, column:
 
 @pytest.mark.parametrize("form", ["pairs", "labelled"])
 def test_a_row_of_another_file_is_named_by_its_number(tmp_path: Path, form: str) -> None:
-    data, number = loaded(tmp_path / "data.json", {"chosen": 3})
-    with pytest.raises(UserInputError, match=rf"^row {number} \(counting from 0\): "):
+    path = tmp_path / "data.json"
+    data, number = loaded(path, {"chosen": 3})
+    with pytest.raises(UserInputError) as caught:
         build(form, data)
+    assert str(caught.value).startswith(f"{path}, row {number} (counting from 0): ")
+
+
+def test_a_row_of_a_csv_file_is_named_by_the_line_it_begins_on(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,completion\n\n"two\nlines",a\n"three\n\nlines",b\nd,c\n')
+    train, _ = load_rows(config(path, held_out=0))
+    assert [train.places.name(i) for i in range(3)] == [f"{path}:3", f"{path}:5", f"{path}:8"]
+    with pytest.raises(UserInputError, match=rf"^{path}:3: needs 'chosen' and 'rejected'"):
+        build("pairs", train)
+    path.write_text('prompt,completion\n"two\nlines",a\n"one\ncell"\n')
+    with pytest.raises(UserInputError, match=rf"^{path}:4: 1 values for 2 columns"):
+        load_rows(config(path, held_out=0))
 
 
 def test_dropped_rows_are_named_as_well(tmp_path: Path) -> None:
@@ -84,7 +98,23 @@ def test_dropped_rows_are_named_as_well(tmp_path: Path) -> None:
     assert reasons == [f"1 dropped, chosen and rejected are the same ({path}:{2 * number + 2})"]
     data, number = loaded(tmp_path / "data.json", {"chosen": "no"})
     reasons = build("pairs", data)[1].reasons()
-    assert reasons == [f"1 dropped, chosen and rejected are the same (row {number})"]
+    place = f"{tmp_path / 'data.json'}, row {number}"
+    assert reasons == [f"1 dropped, chosen and rejected are the same ({place})"]
+
+
+@pytest.mark.parametrize("form", ["prompts", "samples", "pairs", "labelled", "steps"])
+def test_a_blank_message_of_the_users_is_dropped_and_counted(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "data.jsonl"
+    blank = [{"role": "system", "content": "s"}, {"role": "user", "content": " \n"}]
+    data, number = loaded(path, {"prompt": blank})
+    (reason,) = build(form, data)[1].reasons()
+    assert reason.endswith(f"dropped, a user's message is blank ({places_of(form, path, number)})")
+
+
+def places_of(form: str, path: Path, number: int) -> str:
+    """Of the blank row; a labelled pair is two answers to it."""
+    line = 2 * number + 2
+    return f"{path}:{line}, {line}" if form == "labelled" else f"{path}:{line}"
 
 
 def test_a_row_without_the_others_margin_is_named(tmp_path: Path) -> None:

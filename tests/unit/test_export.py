@@ -23,12 +23,14 @@ from typer.testing import CliRunner, Result
 from alignment.cli import app
 from alignment.config import Recipe, dump_recipe, load_recipe
 from alignment.modeling.catalog import fetch
-from alignment.modeling.scalar import SCORE_NORMALIZATION
+from alignment.modeling.scalar import SCORE_NORMALIZATION, load_scalar_model
 from alignment.runs.directory import RunDirectory
 from alignment.trainers import export as export_module
 from alignment.trainers.run import train
+from alignment.types import Sample
 
 IDS = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2]])
+SAMPLE = Sample((9, 8, 7), (6, 5, 4, 3), (True,) * 4)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +114,30 @@ def test_a_reward_model_keeps_its_head(reward_run: RunDirectory, tmp_path: Path)
     # Named as a model, it is known by its form.
     assert export(reward_run.model_dir, tmp_path / "again").exit_code == 0
     assert torch.equal(logits(tmp_path / "again", auto), logits(reward_run.model_dir, auto))
-    refused = export(reward_run.path, tmp_path / "adapter", "--adapter")
-    assert refused.exit_code == 2
-    assert "has no adapter" in refused.output and "scalar head" in refused.output
+
+
+def test_a_reward_models_adapter_is_one_for_peft(reward_run: RunDirectory, tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    result = export(reward_run.path, target, "--adapter")
+    assert result.exit_code == 0, result.output
+    said = "the adapter and the scalar head, of the base model tiny-random"
+    assert said in result.output.replace("\n", " ")
+    auto: Any = AutoModelForSequenceClassification
+    base = auto.from_pretrained(fetch("tiny-random"), num_labels=1)
+    adapted = PeftModel.from_pretrained(base, str(target)).eval()
+    with torch.no_grad():
+        found = adapted(input_ids=IDS).logits
+    torch.testing.assert_close(found, logits(reward_run.model_dir, auto), rtol=0, atol=2e-5)
+    assert (target / "tokenizer.json").is_file()
+    scores = [
+        load_scalar_model(path).scores([SAMPLE], 64) for path in (target, reward_run.model_dir)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_a_model_that_was_trained_in_full_has_no_adapter(tmp_path: Path) -> None:
+    refused = export("tiny-random", tmp_path / "adapter", "--adapter")
+    assert refused.exit_code == 2 and "has no adapter" in refused.output
 
 
 def test_a_reward_models_normalization_goes_with_it(

@@ -14,8 +14,10 @@ import pytest
 import replay_runs
 import tiny_runs
 import torch
+from saved_state import save_checkpoint
 
-from alignment.runs.checkpoint import load_checkpoint, save_checkpoint
+from alignment.config.load import load_recipe
+from alignment.runs.checkpoint import load_checkpoint
 from alignment.runs.directory import RunDirectory
 
 HELD = {
@@ -49,6 +51,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
 def copy_of(run: RunDirectory, folder: Path) -> RunDirectory:
     shutil.copytree(run.path, folder / run.name)
     return RunDirectory(folder / run.name)
+
+
+def test_each_method_is_killed_in_both_types(harness: Callable[[str], ModuleType]) -> None:
+    cases = harness("cases")
+    assert cases.CASES.keys() == cases.HOLDS.keys()
+    for method in cases.CASES:
+        dtypes = set()
+        for processes in (1, 2):
+            _, name, *settings = cases.command(method, "somewhere", processes)
+            dtypes.add(load_recipe(name, settings).model.dtype)
+        assert dtypes == {"float32", "bfloat16"}
 
 
 # -- what is compared -------------------------------------------------------------------------

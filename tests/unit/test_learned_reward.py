@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_tokenizers import merging
 
 from alignment.data.chat import encode_conversation, encode_plain, encode_prompt
 from alignment.modeling.heads import ScalarModel
@@ -108,6 +109,12 @@ def items(base: Path) -> list[tuple[Prompt, Completion]]:
 def shown(items: Items) -> list[Sample]:
     """What is scored where the tokens are the model's own."""
     return [Sample(p.token_ids, c.token_ids, (True,) * len(c.token_ids)) for p, c in items]
+
+
+def without_end(sample: Sample) -> Sample:
+    """As one that was cut off before its last token."""
+    ids = sample.completion_ids[:-1]
+    return Sample(sample.prompt_ids, ids, (True,) * len(ids))
 
 
 def values(scores: Sequence[Score]) -> list[float]:
@@ -234,8 +241,7 @@ def test_text_is_rendered_with_the_models_own_template(
         sample = encode_conversation(own, messages)
         assert sample.completion_ids[-1] == END
         if completion.stop_reason is StopReason.LENGTH:
-            ids = sample.completion_ids[:-1]
-            sample = Sample(sample.prompt_ids, ids, (True,) * len(ids))
+            sample = without_end(sample)
         expected.append(sample)
     assert bytes(expected[1].completion_ids) == b"cut o"
     reward = bound(policy, path, on_mismatch="retokenize")
@@ -243,6 +249,31 @@ def test_text_is_rendered_with_the_models_own_template(
     assert scores == pytest.approx(model.scores(expected, 4096), abs=1e-5)
     as_sampled = model.scores(shown(spoken), 4096)
     assert max(abs(a - b) for a, b in zip(scores, as_sampled, strict=True)) > 1e-3
+
+
+def test_text_of_another_vocabulary_is_tokenized_again(
+    base: Path, path: str, model: ScalarModel
+) -> None:
+    """Another tokenizer gives the same text other ids."""
+    own, policy = load_tokenizer(base), merging()
+    turns = [("one?", "hello world"), ("what is the answer", "12 * 34 = 408"), ("two", "cut o")]
+    spoken, expected = [], []
+    for question, answer in turns:
+        ids = policy.encode(answer, add_special_tokens=False)
+        cut_off = answer == "cut o"
+        ids += [] if cut_off else [policy.eos_token_id]
+        spoken.append(item(policy, question, answer, ids=ids, cut_off=cut_off))
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        sample = encode_conversation(own, messages)
+        if cut_off:
+            sample = without_end(sample)
+        assert sample.completion_ids != tuple(ids)
+        expected.append(sample)
+    scores = values(bound(policy, path, on_mismatch="retokenize")(spoken))
+    assert scores == pytest.approx(model.scores(expected, 4096), abs=1e-5)
 
 
 def test_retokenized_prompts_begin_with_the_system_message(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import in_child
 
 from alignment.config import PipelineRecipe, Recipe, dump_recipe, load_recipe
 from alignment.config.load import parse_recipe
 from alignment.runs import lineage
 from alignment.runs.directory import RunDirectory
+from alignment.runs.events import read_events
 from alignment.runs.inputs import (
     ParentRecord,
     check_compatible,
@@ -22,6 +25,7 @@ from alignment.runs.inputs import (
     refuse_changed_inputs,
 )
 from alignment.runs.lineage import run_info
+from alignment.runs.lock import RunLock
 from alignment.runs.outputs import Encoding, contents, write_finished
 from alignment.trainers import pipeline as pipeline_module
 from alignment.trainers.pipeline import run_pipeline, stage_outputs
@@ -259,6 +263,7 @@ class Stages:
         self.trained: list[str] = []
         self.compared: list[tuple[str, str | None]] = []
         self.weights: dict[str, str] = {}
+        self.hangs = False
         monkeypatch.setattr(pipeline_module, "train", self.train)
         monkeypatch.setattr(pipeline_module, "evaluate_model", self.evaluate)
         monkeypatch.setattr(pipeline_module, "write_report", lambda directory: None)
@@ -278,6 +283,8 @@ class Stages:
     def evaluate(
         self, recipe: Recipe, path: str, tasks: Any, *, seed: int, reference: str | None
     ) -> dict[str, Any]:
+        if self.hangs:
+            time.sleep(60)
         self.compared.append((path, reference))
         return {"held_out_loss": SimpleNamespace(metrics={"loss": 1.0})}
 
@@ -316,6 +323,32 @@ def test_finished_stages_with_unchanged_inputs_are_skipped(tmp_path: Path, stage
     assert len(stages.compared) == 4
     run_pipeline(pipeline(tmp_path))
     assert stages.trained == ["first", "aside", "last"]
+    assert len(stages.compared) == 4
+
+
+def test_a_pipeline_that_is_running_is_not_started_again(tmp_path: Path, stages: Stages) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    other_start = RunLock(run.path)
+    assert other_start.take() is None
+    with pytest.raises(UserInputError, match=rf"{run.path} is being trained by process \d+ on"):
+        run_pipeline(pipeline(tmp_path))
+    other_start.release()
+    run_pipeline(pipeline(tmp_path))
+    assert stages.trained == ["first", "aside", "last"]
+
+
+def test_a_comparison_that_hangs_is_named_and_ended(tmp_path: Path, stages: Stages) -> None:
+    """Stages are compared under the limit of the last one."""
+    recipe = pipeline(tmp_path, "set: {model.path", "set: {limits.hang_minutes: 0.01, model.path")
+    stages.hangs = True
+    code, said = in_child(lambda: run_pipeline(recipe), tmp_path / "log")
+    assert code == 1
+    assert "align: the run hangs in comparison (model base) since" in said
+    (event,) = read_events(tmp_path / "pipe" / "events.jsonl")
+    assert (event["kind"], event["phase"], event["detail"]) == ("hang", "comparison", "model base")
+    assert "in evaluate" in (tmp_path / "pipe" / "hang-rank0.txt").read_text()
+    stages.hangs = False
+    run_pipeline(recipe)  # the next start makes the comparison
     assert len(stages.compared) == 4
 
 

@@ -265,7 +265,7 @@ def test_a_reward_model_is_evaluated_on_held_out_pairs(tmp_path: Path) -> None:
 
 def evaluated(of: RunDirectory, task: str, metric: str) -> float:
     """What `align eval` prints."""
-    result = CliRunner().invoke(app, ["eval", str(of.path), "--task", task])
+    result = CliRunner().invoke(app, ["eval", str(of.path), "--task", task, "--overwrite"])
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.output.splitlines()]
     (value,) = (float(row[2]) for row in rows if row[:2] == [task, metric])
@@ -276,14 +276,17 @@ def evaluated(of: RunDirectory, task: str, metric: str) -> float:
 
 
 @pytest.mark.parametrize("method", TRAINERS)
-@pytest.mark.parametrize("moment", ["in the step", "before its checkpoint"])
+@pytest.mark.parametrize(
+    ("moment", "dtype"), [("in the step", "bfloat16"), ("before its checkpoint", "float32")]
+)
 def test_i45_resumed_is_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, moment: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, moment: str, dtype: str
 ) -> None:
-    """Bit for bit: weights, metrics, running moments, checkpoint."""
+    """Bit for bit: weights, metrics, running moments, checkpoint. Evaluations change nothing."""
     settings = ("algorithm.steps=4", "checkpoint={every: 1, keep: 2}", "model.lora={rank: 4}")
-    settings += ("model.lora.dropout=0.2",)
-    whole = run(method, tmp_path / "whole", *settings)
+    settings += ("model.lora.dropout=0.2", f"model.dtype={dtype}")
+    whole = run(method, tmp_path / "whole", *settings, "eval={}")
+    settings += ("eval.every=2",)
     owner, name = (TRAINERS[method], "step") if moment == "in the step" else (Loop, "_save")
     original = getattr(owner, name)
 
@@ -297,6 +300,7 @@ def test_i45_resumed_is_uninterrupted(
         with pytest.raises(RuntimeError, match="killed"):
             run(method, tmp_path / "parts", *settings)
     resumed = run(method, tmp_path / "parts", *settings)
+    assert any(resumed.evals_dir.glob("*")) and not any(whole.evals_dir.glob("*"))
     ours, theirs = weights_of(resumed), weights_of(whole)
     assert "score.weight" in ours and ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -9,11 +9,14 @@ from torch import nn
 
 from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.shards import (
+    Fragment,
     Skeleton,
     Whole,
     assign_,
+    copied,
     first_elements,
     lockstep,
+    own_part,
     rows_of,
     zero_loss,
 )
@@ -85,3 +88,21 @@ def test_first_elements_are_a_copy() -> None:
     with torch.no_grad():
         weight.zero_()
     assert first.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_fragment_is_a_run_of_elements() -> None:
+    """Of 0 to 5 in two rows, elements 2 to 4, across the end of the first."""
+    fragment = Fragment(torch.zeros(3), 2, torch.Size([2, 3]))
+    assign_(fragment, torch.arange(6.0).reshape(2, 3))
+    assert own_part(fragment).tolist() == [2.0, 3.0, 4.0]
+    assert [first_elements(fragment, n).tolist() for n in (2, 4, 9)] == [
+        [],
+        [2.0, 3.0],
+        [2.0, 3.0, 4.0],
+    ]
+    with pytest.raises(AlignmentError, match=r"\(3, 2\) was saved .* \(2, 3\)"):
+        assign_(fragment, torch.zeros(3, 2))
+    another = copied(fragment, torch.bfloat16)
+    own_part(fragment).zero_()
+    assert own_part(another).tolist() == [2.0, 3.0, 4.0]
+    assert own_part(another).dtype == torch.bfloat16

@@ -21,7 +21,7 @@ from alignment.runs.directory import RunDirectory
 from alignment.runs.files import TEMPORARY_PREFIX
 from alignment.runs.jsonl import JsonLinesFile
 from alignment.trainers import run as run_module
-from alignment.types import AlignmentError
+from alignment.types import AlignmentError, UserInputError
 
 BASE = {"sft": ("tiny/sft", SFT), "grpo": ("tiny/grpo", GRPO)}
 
@@ -94,6 +94,38 @@ def test_a_row_without_its_columns_is_named(tmp_path: Path, method: str) -> None
     assert_refused(
         result, tmp_path / "runs", "data.jsonl:2: ", "the columns 'text'", "rename columns"
     )
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_a_blank_prompt_is_dropped_and_counted(tmp_path: Path, method: str) -> None:
+    data = data_file(tmp_path, GOOD, GOOD | {"prompt": " "}, GOOD | {"prompt": "bye"})
+    result = trained(method, tmp_path / "runs", data, "eval={tasks: []}")
+    assert result.exit_code == 0, result.output
+    events = (tmp_path / "runs" / method / "events.jsonl").read_text()
+    assert f"1 dropped, a user's message is blank ({tmp_path / 'data.jsonl'}:2)" in events
+
+
+@pytest.mark.parametrize("shuffle", ["true", "false"])
+def test_a_reward_names_the_row_by_its_line(tmp_path: Path, shuffle: str) -> None:
+    rows = [GOOD | {"prompt": f"question {n}"} for n in range(7)]
+    data = data_file(tmp_path, *rows[:5], {"prompt": "lacking"}, *rows[5:])
+    result = trained(
+        "grpo",
+        tmp_path / "runs",
+        data,
+        f"data.shuffle={shuffle}",
+        "eval={tasks: []}",
+        "algorithm.steps=4",
+        "rewards=[{type: exact}]",
+    )
+    assert result.exit_code == 2, result.output
+    words = " ".join(result.output.split())
+    assert f"{tmp_path}/data.jsonl:6 has no text in the column 'answer'" in words
+
+
+def test_too_many_held_out_rows_are_refused_by_their_key(tmp_path: Path) -> None:
+    result = trained("sft", tmp_path / "runs", data_file(tmp_path, GOOD), "data.held_out=9")
+    assert_refused(result, tmp_path / "runs", "data.held_out: 9 of 1 rows cannot be held out")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -232,6 +264,33 @@ def test_an_existing_name_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "was made with another recipe" in result.output
     assert "choose another run.name, or delete the run" in result.output
+
+
+@pytest.mark.parametrize("name", ["file", "file/runs"])
+def test_a_file_where_the_folder_of_runs_should_be_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    result = trained("sft", tmp_path / name)
+    assert result.exit_code == 2, result.output
+    assert f"run.dir: cannot create the folder {tmp_path / name}: " in result.output
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_of_runs_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real = os.mkdir
+
+    def mkdir(path: str, *rest: Any, **options: Any) -> None:
+        if TEMPORARY_PREFIX in str(path):
+            raise OSError(number, os.strerror(number))
+        real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(AlignmentError) as caught:
+        RunDirectory.create(tmp_path, "name", recipe_yaml="", info={})
+    mistake = number != errno.ENOSPC  # a disk that is full now may have had room before
+    assert isinstance(caught.value, UserInputError) == mistake
+    assert str(caught.value).startswith("run.dir: cannot create a run in ") == mistake
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ time, no packing, no micro-batches, and the formulas of the papers token by toke
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,13 +165,65 @@ def made_up(trainer: GRPOTrainer, *, failed: Sequence[int] = ()) -> Fixed:
         return [row + scale * torch.randn(row.shape, generator=noise) for row in own]
 
     advantages = torch.tensor([1.3, -0.7, 0.4, -1.0, 0.9, 0.2, -1.6, 0.5])
-    return Fixed(rollout, nearby(0.4), nearby(0.3), advantages)
+    old, reference = nearby(0.4), nearby(0.3)
+    old[1][3] = own[1][3] - 1.5  # has become 4.5 times as likely, with advantage -0.7
+    return Fixed(rollout, old, reference, advantages)
+
+
+PolicyTerm = Callable[[Tensor, Tensor, float], Tensor]
+"""(log-probabilities of a row, old ones, advantage) to the policy loss of each of its tokens."""
+
+
+def _clipped(own: Tensor, old: Tensor, advantage: float) -> Tensor:
+    ratio = (own - old).exp()
+    return -torch.minimum(ratio * advantage, torch.clamp(ratio, 0.8, 1.2) * advantage)
+
+
+def _dual_clipped(own: Tensor, old: Tensor, advantage: float) -> Tensor:
+    ratio = (own - old).exp()
+    objective = torch.minimum(ratio * advantage, torch.clamp(ratio, 0.9, 1.3) * advantage)
+    return -torch.clamp(objective, min=3.0 * advantage) if advantage < 0 else -objective
+
+
+def _gspo(own: Tensor, old: Tensor, advantage: float) -> Tensor:
+    """One ratio and one clip a row."""
+    ratio = (own - old).mean().exp()
+    objective = torch.minimum(ratio * advantage, torch.clamp(ratio, 0.95, 1.05) * advantage)
+    return -objective.repeat(len(own))
+
+
+def _cispo(own: Tensor, old: Tensor, advantage: float) -> Tensor:
+    weight = torch.clamp((own - old).exp(), 0.7, 1.1).detach()
+    return -weight * advantage * own
+
+
+LOW_AND_HIGH = ("low", "high")
+POLICY_TERMS: dict[str, tuple[str, PolicyTerm, tuple[str, ...]]] = {
+    "clip": ("{clip_low: 0.2, clip_high: 0.2}", _clipped, LOW_AND_HIGH),
+    "dual clip": (
+        "{dual_clip: 3.0, clip_low: 0.1, clip_high: 0.3}",
+        _dual_clipped,
+        (*LOW_AND_HIGH, "dual"),
+    ),
+    "gspo": ("{ratio_level: sequence, clip_low: 0.05, clip_high: 0.05}", _gspo, LOW_AND_HIGH),
+    "cispo": ("{type: cispo, clip_low: 0.3, clip_high: 0.1}", _cispo, LOW_AND_HIGH),
+}
+"""The section `loss`, its formula, and the clips that take part."""
 
 
 def hand_built_loss(
-    plain: PlainModel, fixed: Fixed, config: Any, temperature: float, longest: int
+    plain: PlainModel,
+    fixed: Fixed,
+    config: Any,
+    temperature: float,
+    longest: int,
+    policy_term: PolicyTerm = _clipped,
 ) -> Tensor:
-    """Clipped surrogate + KL - entropy, token by token, then reduced."""
+    """Policy term + KL - entropy, row by row, then reduced.
+
+    Args:
+        longest: tokens that stand for one sequence under the constant reduction.
+    """
     samples = fixed.experience().samples
     counted = [i for i, sample in enumerate(samples) if any(sample.loss_mask)]
     n_tokens = sum(len(samples[i].completion_ids) for i in counted)
@@ -179,12 +231,8 @@ def hand_built_loss(
     for i in counted:
         chosen, everything = plain.log_probabilities(samples[i], temperature)
         entropy = -(everything.exp() * everything).sum(-1)
-        row = torch.zeros((), dtype=torch.float64)
+        row = policy_term(chosen, fixed.old[i].double(), float(fixed.advantages[i])).sum()
         for t, logprob in enumerate(chosen):
-            advantage = float(fixed.advantages[i])
-            ratio = (logprob - fixed.old[i][t].double()).exp()
-            clipped = torch.clamp(ratio, 1 - config.loss.clip_low, 1 + config.loss.clip_high)
-            row = row - torch.minimum(ratio * advantage, clipped * advantage)
             x = fixed.reference[i][t].double() - logprob
             row = row + config.kl.coef * (x.exp() - x - 1) - config.entropy_coef * entropy[t]
         divisor = {
@@ -196,32 +244,54 @@ def hand_built_loss(
     return total
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_i01_i03_grpo_gradient(
-    tmp_path: Path, made: list[Gradients], reduction: str, budget: int
+def assert_learns_by(
+    term: str, folder: Path, made: list[Gradients], *overrides: str, longest: int = 8
 ) -> None:
+    """Loss and gradient of an update are those built by hand with this policy term."""
+    section, policy_term, clips = POLICY_TERMS[term]
     context = parts_of(
         "grpo",
-        tmp_path,
-        f"algorithm.reduction={reduction}",
-        f"optim.micro_batch_tokens={budget}",
+        folder,
+        f"algorithm.loss={section}",
         "rollout.temperature=0.8",
         "algorithm.kl.coef=0.3",
         "algorithm.entropy_coef=0.05",
         "limits.logprob_gap=9",
+        *overrides,
     )
     trainer = GRPOTrainer(context)
     fixed = made_up(trainer)
     metrics = MetricSums()
     trainer.learn(1, fixed.experience(), fixed.advantages, slice(0, 8), metrics)
     plain = PlainModel()
-    loss = hand_built_loss(plain, fixed, trainer.config, temperature=0.8, longest=8)
-    assert metrics.result()["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    clipped = metrics.result()
-    assert clipped["policy/clip_fraction/low"] > 0.0  # the clip took part
-    assert clipped["policy/clip_fraction/high"] > 0.0
+    loss = hand_built_loss(plain, fixed, trainer.config, 0.8, longest, policy_term)
+    result = metrics.result()
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for clip in clips:
+        assert result[f"policy/clip_fraction/{clip}"] > 0.0  # the clip took part
     assert_same_gradient(made[0], plain.gradients_of(loss))
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "constant", "constant of 3"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_i01_i03_grpo_gradient(
+    tmp_path: Path, made: list[Gradients], reduction: str, budget: int
+) -> None:
+    settings = [f"optim.micro_batch_tokens={budget}", f"algorithm.reduction={reduction.split()[0]}"]
+    longest = 8
+    if reduction == "constant of 3":
+        settings.append("algorithm.constant_divisor=3")
+        longest = 3
+    assert_learns_by("clip", tmp_path, made, *settings, longest=longest)
+
+
+@pytest.mark.parametrize("term", ["dual clip", "gspo", "cispo"])
+def test_i01_the_gradient_of_every_policy_loss(
+    tmp_path: Path, made: list[Gradients], term: str
+) -> None:
+    reduction = "sequence" if term == "gspo" else "token"
+    settings = (f"algorithm.reduction={reduction}", "optim.micro_batch_tokens=100")
+    assert_learns_by(term, tmp_path, made, *settings)
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "constant"])
@@ -261,3 +331,58 @@ def test_i47_a_failed_grader_has_no_loss_and_no_advantage(tmp_path: Path) -> Non
     expected = [0.5, 0.0, -0.5, 0.0, 0.0, 2 / 3, -1 / 3, -1 / 3]
     scaled = [value / (0.5 if i < 4 else deviation) for i, value in enumerate(expected)]
     torch.testing.assert_close(advantages, torch.tensor(scaled), rtol=1e-3, atol=0.0)
+
+
+# Of the rewards 1, 0, 0, 1 and 3, 1, 1, 1.
+ADVANTAGES_BY_HAND: dict[str, list[float]] = {
+    # less the means 0.5 and 1.5
+    "{scale: none}": [0.5, -0.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5],
+    # by the unbiased deviations sqrt(1/3) and 1 of the groups
+    "{scale: group}": [0.8660, -0.8660, -0.8660, 0.8660, 1.5, -0.5, -0.5, -0.5],
+    # by that of all eight around their mean 1, sqrt(6/7)
+    "{scale: batch}": [0.5401, -0.5401, -0.5401, 0.5401, 1.6202, -0.5401, -0.5401, -0.5401],
+    # less the mean of the others: 1/3 or 2/3; 1 or 5/3
+    "{baseline: leave_one_out}": [2 / 3, -2 / 3, -2 / 3, 2 / 3, 2.0, -2 / 3, -2 / 3, -2 / 3],
+}
+
+
+@pytest.mark.parametrize("section", ADVANTAGES_BY_HAND)
+def test_advantages_by_hand(tmp_path: Path, section: str) -> None:
+    trainer = GRPOTrainer(parts_of("grpo", tmp_path, f"algorithm.advantage={section}"))
+    advantages = trainer.advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 1.0, 1.0, 1.0]), 4)
+    expected = torch.tensor(ADVANTAGES_BY_HAND[section])
+    # The deviations have 1e-4 added to them.
+    torch.testing.assert_close(advantages, expected, rtol=3e-4, atol=0.0)
+
+
+@pytest.mark.usefixtures("made")
+def test_i18_the_penalty_is_subtracted_in_a_step(tmp_path: Path) -> None:
+    """Rewards are all equal: what sets a completion apart from its group is its KL alone."""
+    context = parts_of(
+        "grpo",
+        tmp_path,
+        "model.reference=frozen_copy",
+        "algorithm.kl={coef: 0.5, placement: reward}",
+        "algorithm.advantage={scale: none}",
+        "rewards=[{type: 'tiny_runs:constant'}]",
+    )
+    trainer = GRPOTrainer(context)
+    generator = torch.Generator().manual_seed(2)
+    policy, reference = PlainModel(), PlainModel()
+    weights = dict(policy.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in context.policy.model.named_parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+            weights[name].copy_(parameter)
+    result = trainer.step(1)
+    assert result.rollout is not None and result.advantages is not None
+    penalties = []
+    with torch.no_grad():
+        for sample in training_samples(result.rollout, mask_truncated=False):
+            own, of_reference = (m.log_probabilities(sample)[0] for m in (policy, reference))
+            penalties.append(0.5 * (own - of_reference).sum())
+    groups = torch.stack(penalties).view(4, 4)
+    expected = groups.mean(dim=1, keepdim=True) - groups
+    assert expected.abs().max() > 0.05
+    found = torch.tensor(result.advantages, dtype=torch.float64).view(4, 4)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)

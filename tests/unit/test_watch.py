@@ -15,8 +15,16 @@ import pytest
 from alignment.activity import ACTIVITY, doing, exchanging
 from alignment.runs import watch as watch_module
 from alignment.runs.events import EventLog
-from alignment.runs.launched import LAUNCHER
-from alignment.runs.watch import HEARTBEATS, Beat, Watch, beat_path, clear_heartbeats, hang
+from alignment.runs.launched import LAUNCHER, REPORTS, read_reports
+from alignment.runs.watch import (
+    HEARTBEATS,
+    Beat,
+    Verdict,
+    Watch,
+    beat_path,
+    clear_heartbeats,
+    hang,
+)
 from alignment.types import AlignmentError
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"
@@ -212,6 +220,20 @@ def test_a_hanging_process_says_where_and_ends(tmp_path: Path) -> None:
     stacks = (tmp_path / "hang-rank0.txt").read_text()
     assert stacks.startswith("the run hangs")
     assert 'File "<string>", line 14 in <module>' in stacks  # the sleep
+
+
+@pytest.mark.parametrize("kind", ["hang", "error"])
+def test_the_launcher_learns_whether_it_was_a_hang(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reports").mkdir()
+    monkeypatch.setenv(REPORTS, str(tmp_path / "reports"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        watch(tmp_path)._end(Verdict(kind, "rank 0 waited for rank 1", (1,)))
+    (found,) = read_reports(tmp_path / "reports")
+    assert (found.hang, found.code) == (kind == "hang", 1)
 
 
 def test_a_rank_does_not_outlive_its_launcher(

@@ -1,0 +1,78 @@
+"""`align check` looks for the files and folders that a recipe names, and `align train` says why it
+refuses in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from alignment.cli import app
+
+
+def align(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("sft", "data={type: file, path: no.jsonl}", "data.path: data file 'no.jsonl' does not"),
+        ("sft", "model.path=/nowhere", "model.path: model path '/nowhere': no such directory"),
+        ("sft", "model.path=../a/b", "model.path: model path '../a/b': no such directory"),
+        ("sft", "model.chat_template=t.jinja", "model.chat_template: chat template 't.jinja' is"),
+        ("ppo", "algorithm.critic.path=/nowhere", "algorithm.critic.path: model path '/nowhere'"),
+        (
+            "grpo",
+            "rewards=[{type: regex, pattern: a}, {type: reward_model, path: ./none}]",
+            "rewards.1.path: model path './none': no such directory",
+        ),
+        (
+            "constitutional",
+            "algorithm.judge={kind: local, path: /nowhere}",
+            "algorithm.judge.path: model path '/nowhere': no such directory",
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused_by_its_key(recipe: str, override: str, message: str) -> None:
+    for command in ("check", "train"):
+        result = align(command, f"tiny/{recipe}", override)
+        assert result.exit_code == 2, (command, result.output)
+        assert f"align: {message}" in result.stderr
+
+
+@pytest.mark.parametrize("path", ["smollm2-135m-instruct", "org/Name-1.7B", "name"])
+def test_catalogue_names_and_hub_ids_are_not_looked_for(path: str) -> None:
+    result = align("check", "tiny/sft", f"model.path={path}")
+    assert result.exit_code == 0, result.output
+    assert "caution" not in result.stdout
+
+
+def test_what_another_recipe_makes_is_a_caution() -> None:
+    result = align("check", "smollm2-135m/sentiment-ppo")
+    assert result.exit_code == 0, result.output
+    cautions = [line for line in result.stdout.splitlines() if line.startswith("caution")]
+    keys = ("model.path", "algorithm.critic.path", "rewards.0.path")
+    for caution, key in zip(cautions, keys, strict=True):
+        assert caution.split()[1] == f"{key}:"
+        assert caution.endswith("run the recipe that makes it first")
+
+
+def test_the_folder_of_runs_may_be_another_one(tmp_path: Path) -> None:
+    made = ("tiny/sft", f"model.path={tmp_path}/mine/a/model")
+    assert align("check", *made).exit_code == 2
+    result = align("check", *made, f"run.dir={tmp_path}/mine")
+    assert result.exit_code == 0, result.output
+    assert "caution" in result.stdout
+
+
+def test_what_an_earlier_stage_makes_is_not_looked_for() -> None:
+    result = align("check", "smollm2-135m/rlhf-sentiment")
+    assert result.exit_code == 0, result.output
+    assert "caution" not in result.stdout
