@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,17 @@ SAVED = ("algorithm.steps=5", "checkpoint={every: 2, keep: 2}", NO_TASKS)
 
 class PluginError(Exception):
     """Not one of the toolkit's."""
+
+
+@contextmanager
+def default_interrupts() -> Iterator[None]:
+    """Without a handler of its own: a test run started in the background inherits SIGINT ignored,
+    and "as usual" is Python's own."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def run_out() -> None:

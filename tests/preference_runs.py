@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,9 @@ def prompts_of(pairs: PairBatch) -> list[Prompt]:
     return [Prompt(s.prompt_ids, "", i) for i, s in enumerate(pairs.chosen)]
 
 
-def use_cache(folder: Path) -> None:
-    """Keep precomputed reference log-probabilities there from now on, in this process."""
-    vars(precomputed)["cache_directory"] = lambda: folder
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """Precomputed reference log-probabilities are kept there inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precomputed, "cache_directory", lambda: folder)
+        yield

@@ -51,9 +51,9 @@ COMMON = ("optim.eps=1e-3",)
 def train_all(folder: Path) -> None:
     """Train every case into `folder/NAME/METHOD`, with a cache of its own."""
     torch.set_num_threads(1)
-    preference_runs.use_cache(folder / "cache")
-    for name, (method, settings) in CASES.items():
-        preference_runs.run(method, folder / name, *COMMON, *settings)
+    with preference_runs.own_cache(folder / "cache"):
+        for name, (method, settings) in CASES.items():
+            preference_runs.run(method, folder / name, *COMMON, *settings)
 
 
 if __name__ == "__main__":

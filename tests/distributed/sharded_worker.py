@@ -188,9 +188,9 @@ def train_all(folder: Path, *, shards: type[Whole | Sharded], poisons: bool) -> 
         poisons: whether it is this rank whose first gradient is NaN in `sft-nan`.
     """
     torch.set_num_threads(1)
-    preference_runs.use_cache(folder / "cache")
     for name in CASES:
         with (
+            preference_runs.own_cache(folder / "cache"),
             inside(folder / name),
             tiny_runs.one_nan(shards, poisons and name == "sft-nan"),
         ):

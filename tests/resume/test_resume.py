@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fault_runs import default_interrupts
 from tiny_runs import (
     GRPO,
     SFT,
@@ -375,17 +375,6 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(GRPOTrainer, "step", signalled)
     with default_interrupts(), pytest.raises(KeyboardInterrupt):
         run("grpo", tmp_path, *settings_of("grpo"))
-
-
-@contextmanager
-def default_interrupts() -> Iterator[None]:
-    """Without a handler of its own: a test run started in the background inherits SIGINT ignored,
-    and "as usual" is Python's own."""
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -246,7 +246,7 @@ def test_a_sample_that_does_not_fit_alone_stops_the_run(
 def test_a_pair_is_never_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "score", too_large(0))
     with pytest.raises(OutOfMemory, match="on 2 samples at once, the longest of"):
-        run("dpo", tmp_path, "algorithm.pairs_per_step=4")
+        run("dpo", tmp_path, "algorithm.pairs_per_step=4", "model.reference=frozen_copy")
 
 
 def test_out_of_memory_elsewhere_stops_with_a_remedy(

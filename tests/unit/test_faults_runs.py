@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import tiny_runs
-from fault_runs import NO_TASKS, SAVED, PluginError, assert_resumes, failing_step, trained
+from fault_runs import (
+    NO_TASKS,
+    SAVED,
+    PluginError,
+    assert_resumes,
+    default_interrupts,
+    failing_step,
+    trained,
+)
 from tiny_runs import events_of, metrics_of
 
 from alignment.cli.common import guarded
@@ -161,7 +169,8 @@ def test_two_interrupts_end_the_run_at_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "step", step)
-        result = trained("sft", tmp_path, *SAVED)
+        with default_interrupts():
+            result = trained("sft", tmp_path, *SAVED)
     assert result.exit_code == 130
     assert "align: interrupted\nstep-000002 is the last checkpoint; to go on" in result.output
     (event,) = events_of(RunDirectory.open(tmp_path / "sft"), "error")
