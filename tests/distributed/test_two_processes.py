@@ -33,7 +33,12 @@ def launched(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(n),
+        "PYTHONFAULTHANDLER": "1",  # where a crash was is then at the end of the output
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],
