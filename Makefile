@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python benchmarks/dpo_vs_trl.py
 	$(BIN)/python benchmarks/rm_vs_trl.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/cpu_update.py
 
 # The recipe reference, and the picture in the README where the quick start has been run.
 docs: setup

@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +30,7 @@ from alignment.config.load import load_recipe
 from alignment.config.schema import Recipe
 from alignment.distributed import Distributed, Sharded
 from alignment.modeling.policy import PolicyWithReference
-from alignment.modeling.shards import Whole, first_elements, held, own_part
+from alignment.modeling.shards import first_elements, held, own_part
 from alignment.runs.directory import RunDirectory
 from alignment.runs.outputs import FINISHED
 from alignment.trainers.run import train
@@ -180,21 +181,21 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def train_all(folder: Path, *, shards: type[Whole | Sharded], poisons: bool) -> None:
-    """Train every case into `folder/NAME/METHOD`, with a cache of its own.
+def train_all(folder: Path, recipes: Mapping[str, Recipe], *, shards: Any, poisons: bool) -> None:
+    """Train each case's recipe into `folder/NAME/METHOD`, with a cache of its own.
 
     Args:
         shards: the class of the model's.
         poisons: whether it is this rank whose first gradient is NaN in `sft-nan`.
     """
     torch.set_num_threads(1)
-    for name in CASES:
+    for name, recipe in recipes.items():
         with (
             preference_runs.own_cache(folder / "cache"),
             inside(folder / name),
             tiny_runs.one_nan(shards, poisons and name == "sft-nan"),
         ):
-            train(recipe_of(name))
+            train(recipe)
 
 
 def go_on(name: str, folder: Path) -> None:
@@ -252,7 +253,9 @@ if __name__ == "__main__":
     if ranks.is_main:
         (target / "first.json").write_text(json.dumps(found))
         (target / "kept.json").write_text(json.dumps(numbers))
-    train_all(target, shards=Sharded, poisons=ranks.rank == 1)
+    train_all(
+        target, {name: recipe_of(name) for name in CASES}, shards=Sharded, poisons=ranks.rank == 1
+    )
     go_on("grpo", target / "resumed" / "one-to-two")
     if ranks.is_main:
         for where in ("two-to-two", "replicated"):

@@ -42,7 +42,8 @@ class Folders:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folders = Folders(tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two"))
-    sharded_worker.train_all(folders.one, shards=Whole, poisons=True)
+    recipes = {name: sharded_worker.recipe_of(name) for name in sharded_worker.CASES}
+    sharded_worker.train_all(folders.one, recipes, shards=Whole, poisons=True)
     resumed = folders.two / "resumed"
     sharded_worker.cut_off(folders.one / "grpo" / "grpo", resumed / "one-to-two", after=1)
     for done in launched([str(HERE / "sharded_worker.py"), str(folders.two)], seconds=300):

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sharded_worker
-from sharded_worker import COMMON, cut_off, inside, preference_runs, tiny_runs
+from sharded_worker import COMMON, cut_off, inside, tiny_runs
 from tiny_models import tiny_model
 
 from alignment.config.schema import Recipe
@@ -82,20 +82,9 @@ def method_of(name: str) -> str:
 
 
 def train_all(folder: Path, cases: Sequence[str], *, shards: Any, poisons: bool) -> None:
-    """Train cases into `folder/NAME/METHOD`.
-
-    Args:
-        shards: the class of the model's.
-        poisons: whether it is this rank whose first gradient is NaN in `sft-nan`.
-    """
-    torch.set_num_threads(1)
-    for name in cases:
-        with (
-            preference_runs.own_cache(folder / "cache"),
-            inside(folder / name),
-            tiny_runs.one_nan(shards, poisons and name == "sft-nan"),
-        ):
-            train(recipe_of(name))
+    """Train cases as `sharded_worker.train_all` does."""
+    recipes = {name: recipe_of(name) for name in cases}
+    sharded_worker.train_all(folder, recipes, shards=shards, poisons=poisons)
 
 
 def go_on(name: str, folder: Path) -> None:
