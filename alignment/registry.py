@@ -47,6 +47,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "native": "alignment.rollout.native:NativeEngine",
         "hf": "alignment.rollout.hf:HFEngine",
         "paged": "alignment.rollout.paged:PagedEngine",
+        "vllm": "alignment.rollout.vllm:VLLMEngine",
     },
     "reward": {},
     "source": {

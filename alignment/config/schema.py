@@ -51,6 +51,8 @@ def _folder_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(_folder_name)]
 """A name that is safe as the name of a folder."""
 
+_IN_PROCESS = ("native", "hf", "paged")
+
 
 class RunConfig(Section):
     """What the run is called and where it is kept."""
@@ -88,11 +90,25 @@ class DataConfig(PluginSection):
     """System message put before each conversation."""
 
 
+class ServerConfig(Section):
+    """A server that samples in place of the training processes."""
+
+    url: str
+    """Its address, such as http://localhost:8000."""
+    weights_dir: str | None = None
+    """Folder by which the server is given the policy's weights: it sees them there under the same
+    path; null is the machine's folder for temporary files (for a server beside rank 0)."""
+    timeout_seconds: Positive = 600.0
+    """Longest wait for one completion, and for the weights to be loaded."""
+
+
 class RolloutConfig(Section):
     """How completions are sampled."""
 
     engine: str = "native"
-    """A registered engine: native, hf, paged, or a plug-in."""
+    """A registered engine: native, hf, paged, vllm, or a plug-in."""
+    server: ServerConfig | None = None
+    """The server that engine vllm samples on."""
     max_new_tokens: PositiveCount
     """Longest completion, in tokens."""
     temperature: NonNegative = 1.0
@@ -109,6 +125,24 @@ class RolloutConfig(Section):
     """Completions generated side by side."""
     kv_tokens: PositiveCount | None = None
     """Most tokens held in the key-value cache; null takes what max_rows rows need."""
+
+    @model_validator(mode="after")
+    def _server_fits(self) -> RolloutConfig:
+        found = []
+        if self.engine == "vllm" and self.server is None:
+            found.append(
+                problem(("server",), "required by engine vllm: {url: http://localhost:8000}")
+            )
+        if self.engine in _IN_PROCESS and self.server is not None:
+            found.append(
+                problem(("server",), f"engine {self.engine} uses no server; remove it, or use vllm")
+            )
+        if self.engine == "vllm" and self.kv_tokens is not None:
+            found.append(
+                problem(("kv_tokens",), "the server's own setting with engine vllm; remove it")
+            )
+        raise_problems("rollout", found)
+        return self
 
     @field_validator("engine")
     @classmethod

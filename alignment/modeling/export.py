@@ -20,10 +20,16 @@ def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     memory is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plain: Any = model
-    if hasattr(model, "merge_and_unload"):
-        plain.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        plain = merged_copy(model)
+    policy: Any = model
+    if hasattr(policy, "merge_and_unload"):
+        policy.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    save_weights(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write the weights and configs alone; those of a LoRA policy merged as by `save_policy`."""
+    plain: Any = merged_copy(model) if hasattr(model, "merge_and_unload") else model
     # Training runs without a cache; whoever loads the model to generate wants one.
     was_cached = plain.config.use_cache
     plain.config.use_cache = True
@@ -31,7 +37,6 @@ def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         plain.save_pretrained(folder)
     finally:
         plain.config.use_cache = was_cached
-    tokenizer.save_pretrained(folder)
 
 
 def merged_copy(model: Any) -> Any:

@@ -27,5 +27,12 @@ class RolloutEngine(Protocol):
         ...
 
     def weights_updated(self, policy_version: int) -> None:
-        """The policy's weights changed: drop what was derived from the old ones."""
+        """The policy's weights changed: drop what was derived from the old ones.
+
+        Every rank calls it, before the first `generate` and after each change.
+
+        Args:
+            policy_version: what completions are marked with: the updates behind the weights in
+                training, the step in an evaluation.
+        """
         ...

@@ -16,7 +16,7 @@ from alignment.distributed import Distributed
 from alignment.modeling.load import load_causal_lm
 from alignment.trainers.finished import find_model
 from alignment.trainers.sampling import sampling_params
-from alignment.trainers.setup import load_policy_tokenizer, make_engine
+from alignment.trainers.setup import in_process, load_policy_tokenizer, make_engine
 from alignment.types import Prompt, UserInputError
 
 Message = Mapping[str, str]
@@ -63,7 +63,7 @@ def chat(path: str) -> Callable[[list[dict[str, str]]], str]:
         trust_remote_code=settings.model.trust_remote_code,
         revision=settings.model.revision,
     )
-    engine = make_engine(settings.rollout, model.to(Distributed().device), tokenizer)
+    engine = make_engine(in_process(settings.rollout), model.to(Distributed().device), tokenizer)
     encoder = ChatEncoder(tokenizer)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     params = sampling_params(settings.rollout, n=1, seed=settings.seed, step=0)

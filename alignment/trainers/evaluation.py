@@ -85,6 +85,8 @@ class Evaluator:
         model = self.context.trained.model
         scalar = isinstance(model, ScalarModel)
         rewards = self.context.rewards
+        if self.context.sampler is not None:
+            self.context.sampler.weights_updated(step)
         with (
             model.gathered() if scalar else self.context.policy.gathered(reference=True),
             nullcontext() if rewards is None else rewards.unchanged(),
@@ -275,6 +277,8 @@ def evaluate_model(
             with compared.backbone() as backbone:
                 choose_layout(backbone)
             context.policy.reference = compared
+        if context.sampler is not None:
+            context.sampler.weights_updated(0)
         view = replace(eval_context(context), seed=seed)
         try:
             return {task.name or task.type: make_task(task).run(view) for task in tasks}

@@ -33,7 +33,7 @@ from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.sampler import completer
 from alignment.trainers.sampling import sampling_params
-from alignment.trainers.setup import make_engine
+from alignment.trainers.setup import in_process, make_engine
 from alignment.trainers.update import timed
 from alignment.types import (
     Completion,
@@ -64,6 +64,7 @@ def make_chat_model(context: TrainingContext, config: ChatModelConfig) -> ChatMo
 
 def _policy(context: TrainingContext, _: ChatModelConfig) -> ChatModel:
     budget = context.recipe.optim.micro_batch_tokens
+    context.engine.weights_updated(0)  # methods that make data change no weights
     return LocalChatModel(
         context.engine,
         context.tokenizer,
@@ -81,7 +82,7 @@ def _local(context: TrainingContext, config: ChatModelConfig) -> ChatModel:
     ).to(context.distributed.device)
     tokenizer = load_tokenizer(config.path)
     return LocalChatModel(
-        make_engine(recipe.rollout, model, tokenizer),
+        make_engine(in_process(recipe.rollout), model, tokenizer),
         tokenizer,
         context=_context_length(model),
         logprobs=model_logprobs(model, recipe.optim.micro_batch_tokens),
@@ -187,6 +188,8 @@ class AnswerSource:
         # Without a number of steps each prompt is drawn once, and the last step may be smaller.
         self._n_draws = n_prompts if config.steps is None else config.steps * self._per_step
         self.total_steps = math.ceil(self._n_draws / self._per_step)
+        if context.recorded is None:
+            context.engine.weights_updated(0)
 
     def sample(self, step: int, metrics: MetricSums) -> Rollout:
         """This rank's part of the step's answers: neighbouring prompts, in the order drawn."""

@@ -202,5 +202,5 @@ def without_sampling(recipe: Recipe, *, keep_engine: bool = False) -> Recipe:
     if needs.rewards != "optional":
         changes["rewards"] = ()
     if needs.rewards == "required" and recipe.rollout is not None and not keep_engine:
-        changes["rollout"] = recipe.rollout.model_copy(update={"engine": "native"})
+        changes["rollout"] = recipe.rollout.model_copy(update={"engine": "native", "server": None})
     return recipe.model_copy(update=changes)

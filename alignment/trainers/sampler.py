@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from alignment.rollout.collect import Complete, Grade, collect, graded
@@ -112,7 +113,10 @@ def generate(
 ) -> list[Completion]:
     """Completions of the policy as it is. Whatever a method trains on is sampled here.
 
-    Sharded weights are whole for that long, on each rank, which then samples at its own pace.
+    Sharded weights are whole for that long, on each rank, which then samples at its own pace;
+    a server has its own.
     """
-    with context.policy.gathered():
+    rollout = context.recipe.rollout
+    served = rollout is not None and rollout.server is not None
+    with nullcontext() if served else context.policy.gathered():
         return context.engine.generate(prompts, params) if prompts else []

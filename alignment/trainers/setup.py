@@ -6,10 +6,12 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from alignment import registry
 from alignment.activity import doing
@@ -180,7 +182,13 @@ def assemble(
         else Trained(critic, make_optimizer(recipe, critic, sum_counts)),
         sampler=None
         if isinstance(model, ScalarModel)
-        else make_engine(recipe.rollout, model, loaded.tokenizer),
+        else make_engine(
+            recipe.rollout,
+            model,
+            loaded.tokenizer,
+            distributed=distributed,
+            whole_model=partial(_whole_model, trained, keep=distributed.is_main),
+        ),
         rewards=loaded.rewards,
         train=loaded.train,
         held_out=loaded.held_out,
@@ -192,6 +200,11 @@ def assemble(
         ),
         cache=cache,
     )
+
+
+def _whole_model(trained: PolicyWithReference | ScalarModel, *, keep: bool) -> nn.Module | None:
+    assert isinstance(trained, PolicyWithReference)  # nothing is sampled from the others
+    return trained.whole_model(keep=keep)
 
 
 def make_shards(distributed: Distributed) -> MakeShards:
@@ -351,13 +364,30 @@ def _lora(config: LoraConfig | None) -> LoraOptions | None:
     return LoraOptions(config.rank, config.alpha, config.dropout, config.target_modules)
 
 
-def make_engine(config: RolloutConfig | None, model: Any, tokenizer: Any) -> RolloutEngine:
-    """The recipe's engine on the live model; without a rollout section, the default one."""
+def in_process(config: RolloutConfig | None) -> RolloutConfig | None:
+    """The rollout section for another model than the policy, whose weights a server has."""
+    if config is None or config.server is None:
+        return config
+    return config.model_copy(update={"engine": "native", "server": None})
+
+
+def make_engine(
+    config: RolloutConfig | None, model: Any, tokenizer: Any, **served: Any
+) -> RolloutEngine:
+    """The recipe's engine on the live model; without a rollout section, the default one.
+
+    Args:
+        served: what an engine needs besides where it samples on a server.
+    """
     factory = registry.get("engine", config.engine if config else "native")
     stop_ids = stop_token_ids(tokenizer, getattr(model, "generation_config", None))
-    options: dict[str, Any] = {"stop_token_ids": stop_ids}
+    options: dict[str, Any] = {"stop_token_ids": stop_ids, **served}
     if config is not None:
-        options |= {"max_rows": config.max_rows, "kv_tokens": config.kv_tokens}
+        options |= {
+            "max_rows": config.max_rows,
+            "kv_tokens": config.kv_tokens,
+            "server": config.server,
+        }
     known = inspect.signature(factory).parameters
     engine: RolloutEngine = factory(
         model, tokenizer, **{key: value for key, value in options.items() if key in known}

@@ -20,10 +20,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm_server import VLLMStandIn
 
+from alignment.config.schema import ServerConfig
+from alignment.distributed import Distributed
 from alignment.rollout.hf import HFEngine
 from alignment.rollout.native import NativeEngine
 from alignment.rollout.paged import PagedEngine
+from alignment.rollout.vllm import VLLMEngine
 from alignment.types import Completion, Prompt, SamplingParams, StopReason, UserInputError
 
 
@@ -40,11 +44,21 @@ def padded_native(model: Any, tokenizer: Any, **kwargs: Any) -> NativeEngine:
     return NativeEngine(model, tokenizer, share_attention=False, **kwargs)
 
 
+def served(model: Any, tokenizer: Any, **kwargs: Any) -> VLLMEngine:
+    """On a server that draws tokens a second way, and stays up until the tests are done."""
+    server = VLLMStandIn(tokenizer.decode)
+    config = ServerConfig(url=server.url)
+    engine = VLLMEngine(model, tokenizer, server=config, distributed=Distributed(), **kwargs)
+    engine.weights_updated(0)
+    return engine
+
+
 ENGINES: dict[str, Callable[..., Any]] = {
     "native": NativeEngine,
     "native_padded": padded_native,
     "hf": HFEngine,
     "paged": PagedEngine,
+    "vllm": served,
 }
 COUNTED = ("native", "native_padded", "hf")
 TRANSFORMS = {

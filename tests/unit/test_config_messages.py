@@ -194,7 +194,8 @@ def edited(recipe: Path, old: str, new: str) -> str:
         pytest.param(
             "{max_new_tokens: 48}",
             "{max_new_tokens: 48, engine: vlm}",
-            "r.yaml:16: rollout.engine: unknown engine 'vlm'. Known: hf, native, paged.",
+            "r.yaml:16: rollout.engine: unknown engine 'vlm'; did you mean 'vllm'? "
+            "Known: hf, native, paged, vllm.",
             id="unknown engine",
         ),
         pytest.param(
