@@ -93,8 +93,9 @@ class DataConfig(PluginSection):
 class ServerConfig(Section):
     """A server that samples in place of the training processes."""
 
-    url: str
-    """Its address, such as http://localhost:8000."""
+    url: str | None = None
+    """Its address, such as http://localhost:8000; null is what the variable ALIGN_ROLLOUT_SERVER of
+    the environment says, by which a run may go on with a server at another address."""
     weights_dir: str | None = None
     """Folder by which the server is given the policy's weights: it sees them there under the same
     path; null is the machine's folder for temporary files (for a server beside rank 0)."""
@@ -131,7 +132,7 @@ class RolloutConfig(Section):
         found = []
         if self.engine == "vllm" and self.server is None:
             found.append(
-                problem(("server",), "required by engine vllm: {url: http://localhost:8000}")
+                problem(("server",), "required by engine vllm: {url: 'http://localhost:8000'}")
             )
         if self.engine in _IN_PROCESS and self.server is not None:
             found.append(

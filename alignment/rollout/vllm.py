@@ -13,6 +13,7 @@ it computes at the time.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
@@ -31,8 +32,16 @@ from alignment.rollout.live import LiveModel
 from alignment.rollout.rows import Row
 from alignment.rollout.server import Sampled, ServerError, VLLMServer
 from alignment.rollout.stopping import StopRule
-from alignment.types import AlignmentError, Completion, Prompt, SamplingParams, StopReason
+from alignment.types import (
+    AlignmentError,
+    Completion,
+    Prompt,
+    SamplingParams,
+    StopReason,
+    UserInputError,
+)
 
+ADDRESS_VARIABLE = "ALIGN_ROLLOUT_SERVER"
 _SEEDS = 2**63  # vLLM takes those of a signed 64-bit number
 
 
@@ -70,7 +79,7 @@ class VLLMEngine:
     ) -> None:
         self._live = LiveModel(model, tokenizer, stop_token_ids)
         self._server = VLLMServer(
-            server.url, timeout_seconds=server.timeout_seconds, in_flight=max_rows
+            _address(server), timeout_seconds=server.timeout_seconds, in_flight=max_rows
         )
         own = self._live.context
         self._live.context = min(self._server.context, own or self._server.context)
@@ -153,6 +162,16 @@ class VLLMEngine:
         )
         ACTIVITY.move()
         return sampled
+
+
+def _address(server: ServerConfig) -> str:
+    address = server.url or os.environ.get(ADDRESS_VARIABLE, "")
+    if not address:
+        raise UserInputError(
+            f"rollout.server.url is not given, and the variable {ADDRESS_VARIABLE} is not set; "
+            "give one of them the server's address, such as http://localhost:8000"
+        )
+    return address
 
 
 def _take_in(row: Row, sampled: Sampled, params: SamplingParams, rule: StopRule) -> None:

@@ -166,6 +166,21 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
         VLLMEngine(tiny_model("llama"), Letters(), server=config, distributed=Distributed())
 
 
+def test_the_address_may_come_from_the_environment(
+    server: VLLMStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> VLLMEngine:
+        config = ServerConfig()
+        return VLLMEngine(tiny_model("llama"), Letters(), server=config, distributed=Distributed())
+
+    monkeypatch.delenv("ALIGN_ROLLOUT_SERVER", raising=False)
+    with pytest.raises(UserInputError, match=r"rollout.server.url is not given, and the variable"):
+        make()
+    monkeypatch.setenv("ALIGN_ROLLOUT_SERVER", server.url)
+    make().weights_updated(0)
+    assert server.loads == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
