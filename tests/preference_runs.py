@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from alignment.config.load import load_recipe
@@ -115,3 +117,27 @@ def own_cache(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precomputed, "cache_directory", lambda: folder)
         yield
+
+
+def drift(context: TrainingContext) -> None:
+    """Move the policy away from its reference, as training does."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in context.policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def with_pairs(context: TrainingContext, pairs: PairBatch) -> TrainingContext:
+    """The same parts with other data."""
+    order = type(context.order)(len(pairs), seed=0, shuffle=False)
+    return replace(context, train=replace(context.train, pairs=pairs), order=order)
+
+
+def assert_same_gradient(got: Gradients, expected: Gradients) -> None:
+    assert got.keys() == expected.keys()
+    size = torch.cat([g.flatten() for g in expected.values()]).norm()
+    assert size > 1e-3
+    for name, gradient in expected.items():
+        error = float((got[name].double() - gradient).norm() / size)
+        assert error < 3e-5, f"{name}: relative error {error:.1e}"
