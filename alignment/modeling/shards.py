@@ -155,17 +155,22 @@ def held(parameter: nn.Parameter) -> Kept:
 
 def whole(tensor: Kept) -> Tensor:
     """A tensor with all its parts; every rank calls this."""
-    if isinstance(tensor, Fragment):
-        full = torch.zeros(tensor.shape, dtype=tensor.local.dtype, device=tensor.local.device)
-        own = full.flatten()[tensor.start : tensor.start + tensor.local.numel()]
-        own.copy_(tensor.local)
-        # Bit by bit: the other ranks have zeros there.
-        torch.distributed.all_reduce(full.flatten().view(torch.uint8))
-        return full
-    if not isinstance(tensor, DTensor):
+    if isinstance(tensor, DTensor):
+        if not tensor.placements[0].is_shard():  # a sum over ranks that is still to be made
+            summed: Tensor = tensor.full_tensor()
+            return summed
+        # Not by `full_tensor`: its exchange now and then makes gloo free memory twice (torch 2.13),
+        # whose two threads note the name of what is done in one string, without a lock. Of all
+        # exchanges made here, that one's name alone is too long to lie inside the string.
+        tensor = _rows_as_fragment(tensor)
+    if not isinstance(tensor, Fragment):
         return tensor
-    gathered: Tensor = tensor.full_tensor()
-    return gathered
+    full = torch.zeros(tensor.shape, dtype=tensor.local.dtype, device=tensor.local.device)
+    own = full.flatten()[tensor.start : tensor.start + tensor.local.numel()]
+    own.copy_(tensor.local)
+    # Bit by bit: the other ranks have zeros there.
+    torch.distributed.all_reduce(full.flatten().view(torch.uint8))
+    return full
 
 
 def own_part(tensor: Kept) -> Tensor:
@@ -216,12 +221,16 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
 
 def first_elements(tensor: Kept, n: int) -> Tensor:
     """This rank's share of the first `n` elements of a tensor, flat, copied."""
+    if isinstance(tensor, DTensor):
+        tensor = _rows_as_fragment(tensor)
     if isinstance(tensor, Fragment):
         n = max(n - tensor.start, 0)
-    elif isinstance(tensor, DTensor):
-        before = _rows(tensor)[0] * (tensor.numel() // tensor.shape[0])
-        n = max(n - before, 0)
     return own_part(tensor).detach().flatten()[:n].clone()
+
+
+def _rows_as_fragment(tensor: DTensor) -> Fragment:
+    before = _rows(tensor)[0] * tensor.shape[1:].numel()
+    return Fragment(own_part(tensor).detach().flatten(), before, tensor.shape)
 
 
 def _rows(tensor: DTensor) -> tuple[int, int]:

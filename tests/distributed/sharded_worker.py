@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo_runs
@@ -30,7 +31,7 @@ from alignment.config.load import load_recipe
 from alignment.config.schema import Recipe
 from alignment.distributed import Distributed, Sharded
 from alignment.modeling.policy import PolicyWithReference
-from alignment.modeling.shards import first_elements, held, own_part
+from alignment.modeling.shards import first_elements, held, own_part, whole
 from alignment.runs.directory import RunDirectory
 from alignment.runs.outputs import FINISHED
 from alignment.trainers.run import train
@@ -216,18 +217,20 @@ def cut_off(run: Path, folder: Path, after: int) -> None:
             shutil.rmtree(path)
 
 
+def numbers_in_parts() -> DTensor:
+    """0 to 34 in rows of 7, of which each rank keeps a part; not all as many."""
+    mesh = init_device_mesh("cpu", (Distributed().world_size,))
+    return distribute_tensor(torch.arange(35.0).reshape(5, 7), mesh, [Shard(0)])
+
+
 def first_of_parts(n: int) -> list[float]:
-    """The first `n` numbers of 0, 1, 2, ... in rows of 7, of which each rank keeps a part: each
-    rank's share of them, one after the other."""
-    ranks = Distributed()
-    mesh = init_device_mesh("cpu", (ranks.world_size,))
-    numbers = distribute_tensor(torch.arange(35.0).reshape(5, 7), mesh, [Shard(0)])
-    return ranks.gather(first_elements(numbers, n).tolist())
+    """The first `n` of the numbers in parts: each rank's share of them, one after the other."""
+    return Distributed().gather(first_elements(numbers_in_parts(), n).tolist())
 
 
-def kept(ranks: Distributed) -> dict[str, int]:
+def kept(ranks: Distributed) -> dict[str, Any]:
     """How many numbers there are, and how many of them this rank holds before, inside and after
-    gathering."""
+    gathering; by which exchanges it gets a copy of all; and a tensor of uneven parts."""
     policy = PolicyWithReference(tiny_model(), None)
     n = sum(p.numel() for p in policy.parameters())
     policy.shard(make_shards(ranks))
@@ -240,7 +243,17 @@ def kept(ranks: Distributed) -> dict[str, int]:
         inside = own()
         gathered = list(policy.parameters())
     left = sum(p.untyped_storage().nbytes() for p in gathered)
-    return {"all": n, "before": before, "inside": inside, "after": own(), "left": left}
+    with CommDebugMode() as exchanged:
+        policy.whole_model(keep=ranks.is_main)
+    return {
+        "all": n,
+        "before": before,
+        "inside": inside,
+        "after": own(),
+        "left": left,
+        "exchanges": [str(kind) for kind in exchanged.get_comm_counts()],
+        "uneven": whole(numbers_in_parts()).tolist(),
+    }
 
 
 if __name__ == "__main__":

@@ -124,6 +124,19 @@ def test_gathered_weights_are_let_go_of(folders: Folders) -> None:
     assert [rank["left"] for rank in kept] == [0, 0]
 
 
+def test_weights_are_copied_by_an_exchange_that_gloo_survives(folders: Folders) -> None:
+    """Not by that of `DTensor.full_tensor`, by which a rank crashes now and then: see
+    `alignment.modeling.shards.whole`."""
+    kept = json.loads((folders.two / "kept.json").read_text())
+    assert [rank["exchanges"] for rank in kept] == [["c10d.allreduce_"]] * 2
+
+
+def test_i45_uneven_parts_are_whole_on_every_rank(folders: Folders) -> None:
+    kept = json.loads((folders.two / "kept.json").read_text())
+    rows = [[float(7 * row + column) for column in range(7)] for row in range(5)]
+    assert [rank["uneven"] for rank in kept] == [rows, rows]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
