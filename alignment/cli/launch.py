@@ -113,7 +113,7 @@ def launch(plan: Plan, arguments: Sequence[str], run: Path) -> None:
         threads = max(1, usable_cores() * plan.machines // plan.processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         agent = _Agent(plan, arguments)
-        asked = _wait_for(agent)
+        asked = _wait_for(agent, Path(folder))
         reports = read_reports(Path(folder))
     _conclude(agent, reports, asked, run)
 
@@ -148,7 +148,7 @@ class _Agent(threading.Thread):
             self.error = error
 
 
-def _wait_for(agent: _Agent) -> list[int]:
+def _wait_for(agent: _Agent, reports: Path) -> list[int]:
     """Run the agent to its end; returns the signals that asked it to stop.
 
     Each signal is passed on as SIGTERM to the ranks, which finish their step and save; a rank that
@@ -164,7 +164,18 @@ def _wait_for(agent: _Agent) -> list[int]:
                     with suppress(psutil.NoSuchProcess):
                         rank.send_signal(signal.SIGTERM)
                     sent[rank.pid] += 1
+            if any(reports.iterdir()):
+                _wake_stopped()
         return list(asked)
+
+
+def _wake_stopped() -> None:
+    """Once a rank has ended: a stopped one would keep the others' end waiting, since it does not
+    hear that it is to end."""
+    for rank in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if rank.status() == psutil.STATUS_STOPPED:
+                rank.resume()
 
 
 @contextmanager

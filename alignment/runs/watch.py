@@ -5,7 +5,8 @@ that does not move for longer than the limit reads what the others wrote, and ju
 
 * others have not come as far as it has: it waits for those. While one of them moves, that is
   patience; when none does, it is a hang, and it is theirs;
-* nobody is behind: it hangs itself (or, in an exchange where all have arrived, the connection).
+* nobody is behind: it hangs itself. In an exchange where all have arrived it is a rank that does
+  not even write any more, as one that was stopped; or else the connection.
 
 So a rank that waits for a slow evaluation is left alone, and the message names the rank that all
 wait for. A thread can do this while the training thread is stuck in a grader or in an exchange; it
@@ -59,6 +60,7 @@ class Beat:
     written: `time.time()` of writing; since: when the phase began.
     idle:    seconds in which nothing had moved by then.
     ended:   why the rank is ending; empty while it runs.
+    silent:  seconds in which it has not been written anew, as seen by who reads it.
     """
 
     rank: int
@@ -73,6 +75,7 @@ class Beat:
     exchanges: int
     exchanging: bool
     ended: str = ""
+    silent: float = 0.0
 
     @property
     def place(self) -> str:
@@ -288,8 +291,8 @@ class Watch:
         if self._run is None:
             return []
         found = (read_beat(self._run, r) for r in range(self._world_size) if r != self._rank)
-        beats = [beat for beat in found if beat is not None]
-        return [replace(beat, idle=beat.idle + self._age(beat)) for beat in beats]
+        beats = [(beat, self._age(beat)) for beat in found if beat is not None]
+        return [replace(beat, idle=beat.idle + age, silent=age) for beat, age in beats]
 
     def _write(self, ended: str = "") -> None:
         """Let the others know; without them there is nobody to read it."""
@@ -318,13 +321,11 @@ def hang(own: Beat, others: Sequence[Beat], *, limit: float, world_size: int) ->
     behind = [beat for beat in others if beat.exchanges < own.exchanges]
     if any(beat.idle < limit and not beat.ended for beat in behind):
         return None
-    if behind:
-        whom = "; ".join(
-            f"rank {beat.rank}, which is in {beat.place} since {clock(beat.since)}"
-            for beat in behind
-        )
+    stopped = [beat for beat in others if own.exchanging and beat.silent > limit / 2]
+    if late := behind or stopped:
+        whom = "; ".join(_describe_late(beat, limit) for beat in late)
         message = f"{name} waited in {own.place} for {spent} for {whom}"
-        return Verdict("hang", message, tuple(beat.rank for beat in behind))
+        return Verdict("hang", message, tuple(beat.rank for beat in late))
     if own.exchanging:
         message = (
             f"{name} is in an exchange with the other ranks, in {own.place}, for {spent}, though "
@@ -334,6 +335,16 @@ def hang(own: Beat, others: Sequence[Beat], *, limit: float, world_size: int) ->
     since = clock(own.since)
     message = f"{name} hangs in {own.place} since {since}: nothing moved for {spent}"
     return Verdict("hang", message, (own.rank,))
+
+
+def _describe_late(beat: Beat, limit: float) -> str:
+    what = f"rank {beat.rank}, which is in {beat.place} since {clock(beat.since)}"
+    if beat.silent <= limit / 2:
+        return what
+    return (
+        f"{what} and has given no sign of life since {clock(beat.written)}: process {beat.pid} on "
+        f"{beat.host} is stopped, or in a call that lets no other thread run"
+    )
 
 
 def clear_heartbeats(run: Path) -> None:

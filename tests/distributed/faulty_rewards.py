@@ -1,4 +1,5 @@
-"""A reward that does to its rank what the environment asks for, at its second call.
+"""A reward that does to its rank what the environment asks for, at its second call or in the
+backward pass after that.
 
 It counts what it has graded over all starts of the run; each rank has counts of its own.
 """
@@ -9,7 +10,14 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from alignment.activity import ACTIVITY
+from alignment.runs.launched import LAUNCHER
+from alignment.runs.watch import read_beat
 
 _calls = 0
 _graded = {"batches": 0, "ids": 0}
@@ -35,6 +43,41 @@ def _fault(kind: str | None, rank: str | None) -> None:
         time.sleep(600)
     if kind == "death" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "death in backward" and rank == "1":
+        _in_backward(signal.SIGKILL)
+    if kind == "standstill" and rank == "1":
+        _in_backward(signal.SIGSTOP)
+    if kind == "launcher's death" and rank == "0":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
     if kind == "stop" and rank == "0":
-        os.kill(os.getppid(), signal.SIGTERM)  # as a scheduler asks the command to stop
+        # As a scheduler asks the command to stop; without one, as the command asks a rank.
+        os.kill(os.getppid() if LAUNCHER in os.environ else os.getpid(), signal.SIGTERM)
         time.sleep(1.0)  # until the launcher has passed it on
+
+
+def _in_backward(number: int) -> None:
+    """Send this rank a signal in the midst of its next backward pass.
+
+    Where weights lie in parts that is one exchange of all ranks. Its heartbeat is seen to say so
+    first: the others then know of no rank that has not come as far.
+    """
+    tensors: Any = torch.Tensor
+    backward = tensors.backward
+
+    def once(loss: Any, *args: Any, **options: Any) -> None:
+        tensors.backward = backward
+        loss.register_hook(lambda _: _once_arrived(number))
+        backward(loss, *args, **options)
+
+    tensors.backward = once
+
+
+def _once_arrived(number: int) -> None:
+    run, rank = Path("runs") / "run", int(os.environ["RANK"])
+    while ACTIVITY.exchanging:
+        beat = read_beat(run, rank)
+        if beat is not None and beat.exchanges == ACTIVITY.exchanges:
+            break
+        time.sleep(0.02)
+    os.kill(os.getpid(), number)

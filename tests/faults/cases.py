@@ -76,6 +76,24 @@ HOLDS: dict[str, frozenset[str]] = {
 }
 """Method to the parts of its run that must not be empty, besides those that every run has."""
 
+SHARDED: dict[str, tuple[str, ...]] = {"grpo": ("fsdp2", "zero3")}
+"""Method to the strategies by which two processes share out what is trained. Stage 2 of ZeRO keeps
+less in parts than stage 3, and saves and restores it by the same code."""
+
+STRATEGIES: dict[str, dict[str, str]] = {
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    },
+}
+"""Strategy to what `align train --accelerate STRATEGY` sets for each rank."""
+
 _BFLOAT16_ALONE = frozenset({"sft", "ppo", "dpo", "kto"})
 """Methods whose run of one process is in bfloat16. That of two is in the other type."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from victims import Victim, start
@@ -45,16 +45,17 @@ class Toll:
 
 @dataclass(frozen=True)
 class Launch:
-    """A run that can be started: the same command each time."""
+    """A run that can be started: the same command in the same environment each time."""
 
     command: list[str]
     run: RunDirectory
     log: Path
     processes: int
     steps: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def start(self) -> Victim:
-        return start(self.command, self.log, processes=self.processes)
+        return start(self.command, self.log, processes=self.processes, environment=self.environment)
 
     def lives(self) -> int:
         """How often training began."""

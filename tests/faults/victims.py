@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,18 +60,34 @@ class Victim:
         return [_wait(pid) for pid in self.ranks]
 
 
-def start(command: list[str], log: Path, *, processes: int, modules: Path | None = None) -> Victim:
+def start(
+    command: list[str],
+    log: Path,
+    *,
+    processes: int,
+    environment: Mapping[str, str] | None = None,
+    modules: Path | None = None,
+) -> Victim:
     """Start `align COMMAND` under so many gloo processes; what it says is appended to `log`.
 
     Args:
+        environment: what is set besides what says which rank it is.
         modules: file that the first process writes the names of what it has imported to.
     """
-    port = _free_port()
+    variables = dict(environment or {})
+    if processes > 1:
+        variables |= {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
     ranks = []
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
-            _become(command, log, rank, processes, port, modules if rank == 0 else None)
+            if processes > 1:
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            _become(command, log, variables, modules if rank == 0 else None)
         ranks.append(pid)
         os.setpgid(pid, pid)
     return Victim(ranks, log)
@@ -84,7 +101,7 @@ def import_all(modules: Path) -> None:
 
 
 def _become(
-    command: list[str], log: Path, rank: int, processes: int, port: int, modules: Path | None
+    command: list[str], log: Path, environment: Mapping[str, str], modules: Path | None
 ) -> None:
     """Be that process, in a child that was just forked; does not return."""
     code = 1
@@ -93,14 +110,7 @@ def _become(
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        if processes > 1:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+        os.environ.update(environment)
         code = _main(command)
         if modules is not None:
             modules.write_text(json.dumps(list(sys.modules)), encoding="utf-8")

@@ -90,6 +90,26 @@ def test_where_all_have_arrived_it_is_the_connection() -> None:
     assert "look at the connection" in verdict.message
 
 
+def test_where_all_have_arrived_it_is_the_rank_whose_watch_stands_still() -> None:
+    own, stopped, waits = (beat(rank, exchanges=5, exchanging=True) for rank in (0, 1, 2))
+    others = [replace(stopped, silent=LIMIT / 2 + 1), replace(waits, silent=2.0)]
+    verdict = hang(own, others, limit=LIMIT, world_size=3)
+    assert verdict is not None
+    assert verdict.ranks == (1,)
+    assert verdict.message.endswith(
+        " for rank 1, which is in grading of step 7 (detail of 1) since 01:46:40 UTC and has given "
+        "no sign of life since 01:48:20 UTC: process 1 on elsewhere is stopped, or in a call that "
+        "lets no other thread run"
+    )
+
+
+def test_a_rank_that_waits_for_nobody_hangs_itself_though_another_is_silent() -> None:
+    silent = replace(beat(1, exchanges=5), silent=LIMIT)
+    verdict = hang(beat(0, exchanges=5), [silent], limit=LIMIT, world_size=2)
+    assert verdict is not None
+    assert verdict.ranks == (0,)
+
+
 def test_alone_it_is_the_run_that_hangs() -> None:
     verdict = hang(beat(0, exchanges=5), [], limit=LIMIT, world_size=1)
     assert verdict is not None
@@ -180,6 +200,7 @@ def test_a_rank_that_cannot_even_write_grows_idle(tmp_path: Path) -> None:
     time.sleep(0.1)
     (stale,) = own._others()
     assert 5.1 <= stale.idle < 9.0
+    assert 0.1 <= stale.silent < 4.0
     other_rank(tmp_path, idle=0.0, written=time.time())
     (fresh,) = own._others()
     assert fresh.idle < 0.09
