@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,8 @@ class VLLMStandIn:
     failures:  answers given first, in place of the right ones, by address: a status each, or None
                for a connection that is dropped.
     most:      tokens after which a completion ends, whatever was asked for.
+    seconds:   that a completion takes, besides.
+    logprob:   said of the first token of the next completion, in place of what is right.
     requests:  addresses and bodies, in the order they came.
     """
 
@@ -39,6 +42,9 @@ class VLLMStandIn:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.cache_is_free = True
         self.most = context
+        self.restarts_after_loading = False
+        self.seconds = 0.0
+        self.logprob: list[float | None] = []
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
@@ -81,6 +87,8 @@ class VLLMStandIn:
                         except Exception as error:
                             failure = 500
                             found = {"error": {"message": str(error), "code": 500}}
+                if failure == 200 and path == "/v1/completions":
+                    time.sleep(server.seconds)
                 raw = json.dumps(found).encode()
                 self.send_response(failure)
                 self.send_header("Content-Length", str(len(raw)))
@@ -106,6 +114,8 @@ class VLLMStandIn:
         path = body["kwargs"]["weights_path"]
         self.model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
         self.loads += 1
+        if self.restarts_after_loading:
+            self.restart()
         return {"results": [None]}
 
     def drop_cache(self, body: dict[str, Any]) -> Any:
@@ -118,9 +128,13 @@ class VLLMStandIn:
     def completions(self, body: dict[str, Any]) -> Any:
         assert body["model"] == "served" and body["n"] == 1 and body["return_token_ids"]
         assert len(body["prompt"]) + body["max_tokens"] <= self.context
+        assert body["repetition_penalty"] == 1.0
+        assert body["presence_penalty"] == body["frequency_penalty"] == 0.0
         assert -(2**63) <= body["seed"] < 2**63 and body["ignore_eos"]
         tokens, logprobs, reason = self._sample(body)
         found = [None if math.isnan(value) else value for value in logprobs]
+        if self.logprob:
+            found[0] = self.logprob.pop()
         return {
             "choices": [
                 {

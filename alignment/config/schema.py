@@ -142,6 +142,14 @@ class RolloutConfig(Section):
             found.append(
                 problem(("kv_tokens",), "the server's own setting with engine vllm; remove it")
             )
+        if self.engine == "vllm" and self.min_p > 0 and (self.top_k or self.top_p < 1):
+            found.append(
+                problem(
+                    ("min_p",),
+                    "engine vllm cuts by min_p before top_k and top_p, the others after; use min_p "
+                    "alone there, or not at all",
+                )
+            )
         raise_problems("rollout", found)
         return self
 

@@ -22,8 +22,11 @@ import httpx2 as httpx
 
 from alignment.types import AlignmentError, UserInputError
 
-_ATTEMPTS = 4
+_ATTEMPTS = 8  # over about a minute
+_FIRST_ATTEMPTS = 3
 _BACKOFF_SECONDS = 0.5
+_CONNECT_SECONDS = 10.0
+_LOWEST_LOGPROB = -9999.0  # what vLLM says of a token that was not possible
 _START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 
 
@@ -62,29 +65,34 @@ class VLLMServer:
     """
 
     def __init__(self, url: str, *, timeout_seconds: float, in_flight: int) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._client = httpx.Client(
-            timeout=timeout_seconds,
-            limits=httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
-        )
+        self._url = _checked(url)
         self._timeout_seconds = timeout_seconds
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, _CONNECT_SECONDS)),
+            limits=httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
+            trust_env=False,  # no proxy stands between a run and its server
+        )
+        self._attempts = _FIRST_ATTEMPTS
         try:
             served = self._send("GET", "/v1/models")["data"][0]
+            self._model = str(served["id"])
+            self.context = int(served["max_model_len"])
             config = self._send("GET", "/server_info?config_format=json")["vllm_config"]
             mode = config["model_config"]["logprobs_mode"]
             self.weight_version()
-        except (httpx.InvalidURL, ServerError, LookupError, TypeError) as error:
+        except (ServerError, LookupError, TypeError, ValueError) as error:
+            self._client.close()
             raise UserInputError(
                 f"rollout.server.url: {self._url} is not a vLLM server that weights can be sent to "
                 f"({error}); start one (vLLM 0.32 or later) with: {_START}"
             ) from error
         if mode != "processed_logprobs":
+            self._client.close()
             raise UserInputError(
                 f"rollout.server.url: the server's log-probabilities are {mode}, not those of the "
                 f"distribution that it samples from; start it with: {_START}"
             )
-        self._model: str = served["id"]
-        self.context: int = served["max_model_len"]
+        self._attempts = _ATTEMPTS
 
     def complete(self, request: Mapping[str, Any]) -> Sampled:
         """The one completion of a request of the completions API.
@@ -98,8 +106,7 @@ class VLLMServer:
             (choice,) = answer["choices"]
             tokens = tuple(int(token) for token in choice["token_ids"])
             found = choice["logprobs"]["token_logprobs"]
-            # JSON has no word for what is not finite; the engine refuses it by name.
-            logprobs = tuple(math.nan if value is None else float(value) for value in found)
+            logprobs = tuple(_logprob(value) for value in found)
             reason = choice["finish_reason"]
         except (LookupError, TypeError, ValueError) as error:
             raise ServerError(
@@ -126,9 +133,12 @@ class VLLMServer:
         """
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         try:
-            self._send("POST", "/collective_rpc", reload, attempts=1)
-            dropped = self._send("POST", "/reset_prefix_cache")
+            # First: if what follows fails, nobody takes what the server has then for the weights of
+            # before; and a server that restarts meanwhile has another version again.
             self._send("POST", "/update_weight_version", {"new_version": version})
+            self._send("POST", "/collective_rpc", reload)
+            dropped = self._send("POST", "/reset_prefix_cache")
+            held = self.weight_version()
         except ServerError as error:
             raise ServerError(
                 f"{error}; the weights in {folder} were not loaded. The server must serve a model "
@@ -140,22 +150,27 @@ class VLLMServer:
                 f"{self._url}: cannot drop what it computed with the old weights; something else "
                 "is using this server"
             )
+        if held != version:
+            raise ServerError(
+                f"{self._url}: holds other weights than it was just given: it was restarted, or "
+                "another run uses it, too"
+            )
 
     def weight_version(self) -> str:
         """What the server says that it holds."""
         return str(self._send("GET", "/weight_info")["weight_version"])
 
-    def _send(
-        self, method: str, path: str, body: Any = None, *, attempts: int = _ATTEMPTS
-    ) -> dict[str, Any]:
+    def _send(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The JSON object that answers a request.
 
-        A server that is busy, or drops a connection, is asked again: the same request gets the
-        same completion.
+        A server that is away or busy, or drops a connection, is asked again: the same request has
+        the same effect.
         """
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, self._attempts + 1):
             try:
                 response = self._client.request(method, self._url + path, json=body)
+            except httpx.ConnectTimeout as error:
+                found = f"{type(error).__name__}: {error}"
             except httpx.TimeoutException as error:
                 raise ServerError(
                     f"{self._url}{path}: no answer within {self._timeout_seconds:g} seconds "
@@ -169,9 +184,27 @@ class VLLMServer:
                 found = f"status {response.status_code}: {_message(response)}"
                 if response.status_code not in (429, 502, 503, 504):
                     break
-            if attempt < attempts:
+            if attempt < self._attempts:
                 time.sleep(_BACKOFF_SECONDS * 2 ** (attempt - 1))
         raise ServerError(f"{self._url}{path}: {found}")
+
+
+def _checked(url: str) -> str:
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UserInputError(f"rollout.server.url {url!r} is not an address: {error}") from error
+    if address.scheme not in ("http", "https") or not address.host or address.userinfo:
+        raise UserInputError(
+            f"rollout.server.url: give a plain address like http://localhost:8000, without a user "
+            f"or a password, which would end up in records (its host is {address.host!r})"
+        )
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _logprob(value: float | None) -> float:
+    """NaN for what is not finite, for which JSON has no word; the engine refuses it by name."""
+    return math.nan if value is None or value <= _LOWEST_LOGPROB else float(value)
 
 
 def _json_object(response: httpx.Response, address: str) -> dict[str, Any]:

@@ -12,8 +12,11 @@ it computes at the time.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
+from safetensors import SafetensorError
 from torch import nn
 
 from alignment.activity import ACTIVITY, doing
@@ -40,6 +45,8 @@ from alignment.types import (
     StopReason,
     UserInputError,
 )
+
+logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "ALIGN_ROLLOUT_SERVER"
 _SEEDS = 2**63  # vLLM takes those of a signed 64-bit number
@@ -82,6 +89,13 @@ class VLLMEngine:
             _address(server), timeout_seconds=server.timeout_seconds, in_flight=max_rows
         )
         own = self._live.context
+        if own is not None and self._server.context < own:
+            logger.warning(
+                "the server takes %d tokens for prompt and completion together, the model %d: "
+                "completions may be cut off there (--max-model-len)",
+                self._server.context,
+                own,
+            )
         self._live.context = min(self._server.context, own or self._server.context)
         self._distributed = distributed
         self._whole_model = whole_model or (lambda: model)
@@ -101,9 +115,10 @@ class VLLMEngine:
             whole = self._whole_model()
             if self._distributed.is_main:
                 assert whole is not None
-                folder = self._folders.next()
-                save_weights(whole, folder)
+                folder = self._folders.filled(whole)
+                ACTIVITY.move()
                 self._server.load_weights(folder, version)
+                ACTIVITY.move()
             self._version = self._distributed.broadcast(version)
 
     @doing("sampling")
@@ -123,10 +138,8 @@ class VLLMEngine:
         if self._version is None:
             raise AlignmentError("the server was never given the policy's weights")
         rule = live.stop_rule(params)
-        with (
-            explained(live.model, f"step {params.step}, sampling"),
-            ThreadPoolExecutor(self._max_rows) as threads,
-        ):
+        threads = ThreadPoolExecutor(self._max_rows)
+        with explained(live.model, f"step {params.step}, sampling"):
             futures = [threads.submit(self._sample, row, params) for row in rows]
             try:
                 for row, future in zip(rows, futures, strict=True):
@@ -134,6 +147,7 @@ class VLLMEngine:
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
+        threads.shutdown()
         found = self._server.weight_version()
         if found != self._version:
             raise ServerError(
@@ -152,6 +166,10 @@ class VLLMEngine:
                 "top_k": params.top_k,
                 "top_p": params.top_p,
                 "min_p": params.min_p,
+                # Left out, they would be those of the served model's generation_config.json.
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
                 "seed": row.key % _SEEDS,
                 # The end tokens are the run's, not those that the server read from the model.
                 "ignore_eos": True,
@@ -192,23 +210,48 @@ def _take_in(row: Row, sampled: Sampled, params: SamplingParams, rule: StopRule)
 class _WeightFolders:
     """A new folder for each version of the weights; the one before is removed.
 
+    What a process of this machine that was killed has left is removed with the first.
+
     Args:
         parent: where the server sees them, too; None: the machine's folder for temporary files.
     """
 
     def __init__(self, parent: str | None) -> None:
-        self._parent = parent
+        self._parent = Path(parent or tempfile.gettempdir())
+        self._prefix = f"policy-weights-{socket.gethostname()}-"
         self._last: tempfile.TemporaryDirectory[str] | None = None
 
-    def next(self) -> Path:
-        if self._parent is not None:
-            Path(self._parent).mkdir(parents=True, exist_ok=True)
-        last, self._last = (
-            self._last,
-            tempfile.TemporaryDirectory(dir=self._parent, prefix="policy-weights-"),
+    def filled(self, model: nn.Module) -> Path:
+        """The next folder, with the weights of a model.
+
+        Raises:
+            AlignmentError: they cannot be written.
+        """
+        try:
+            folder = self._next()
+            save_weights(model, folder)
+        except (OSError, SafetensorError) as error:
+            raise AlignmentError(
+                f"rollout.server.weights_dir: the weights cannot be written to {self._parent}: "
+                f"{error}"
+            ) from error
+        return folder
+
+    def _next(self) -> Path:
+        self._parent.mkdir(parents=True, exist_ok=True)
+        if self._last is None:
+            self._remove_of_the_dead()
+        else:
+            self._last.cleanup()
+        self._last = tempfile.TemporaryDirectory(
+            dir=self._parent, prefix=f"{self._prefix}{os.getpid()}-", ignore_cleanup_errors=True
         )
-        if last is not None:
-            last.cleanup()
         folder = Path(self._last.name)
         folder.chmod(0o755)  # the server may run under another user
         return folder
+
+    def _remove_of_the_dead(self) -> None:
+        for folder in self._parent.glob(f"{self._prefix}*"):
+            pid = folder.name.removeprefix(self._prefix).partition("-")[0]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -193,7 +193,8 @@ def _create_whole(path: Path, recipe_yaml: str, info: Mapping[str, Any]) -> None
 def _take_up(run: RunDirectory, recipe_yaml: str, info: Mapping[str, Any]) -> RunDirectory:
     run = RunDirectory.open(run.path)
     old_info = run.read_info()
-    remove_leftovers(run.path)
+    for folder in (run.path, run.evals_dir):
+        remove_leftovers(folder)
     with readable_errors("read", run.recipe):
         old_recipe = run.recipe.read_text(encoding="utf-8")
     if old_recipe != recipe_yaml:

@@ -26,7 +26,7 @@ from alignment.rollout.engine import RolloutEngine
 from alignment.runs.events import EventLog
 from alignment.trainers.context import TrainingContext
 from alignment.trainers.sampling import sampling_params
-from alignment.trainers.setup import assemble, load_parts
+from alignment.trainers.setup import assemble, in_process, load_parts
 from alignment.types import (
     Completion,
     PairBatch,
@@ -261,7 +261,8 @@ def evaluate_model(
     settings = recipe.model.model_copy(
         update={"path": model_path, "lora": None, "reference": ReferenceConfig(mode="none")}
     )
-    recipe = recipe.model_copy(update={"model": settings})
+    # Another model than a server has, or one that is in training there.
+    recipe = recipe.model_copy(update={"model": settings, "rollout": in_process(recipe.rollout)})
     if getattr(recipe.algorithm, "critic", None) is not None:
         without_critic = recipe.algorithm.model_copy(update={"critic": None})
         recipe = recipe.model_copy(update={"algorithm": without_critic})

@@ -188,8 +188,6 @@ class AnswerSource:
         # Without a number of steps each prompt is drawn once, and the last step may be smaller.
         self._n_draws = n_prompts if config.steps is None else config.steps * self._per_step
         self.total_steps = math.ceil(self._n_draws / self._per_step)
-        if context.recorded is None:
-            context.engine.weights_updated(0)
 
     def sample(self, step: int, metrics: MetricSums) -> Rollout:
         """This rank's part of the step's answers: neighbouring prompts, in the order drawn."""
@@ -202,6 +200,8 @@ class AnswerSource:
         sampling = sampling_params(
             self._rollout, n=self._samples, seed=context.recipe.run.seed, step=step
         )
+        if context.recorded is None:
+            context.engine.weights_updated(0)  # an evaluation has marked it with its step
         with timed(metrics, "rollout"):
             items = self._complete(prompts, sampling)
         return Rollout(tuple(items), self._samples, step)

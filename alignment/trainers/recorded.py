@@ -191,16 +191,17 @@ def without_sampling(recipe: Recipe, *, keep_engine: bool = False) -> Recipe:
     """The recipe as it is loaded where nothing is sampled or graded: no rewards, and the engine
     that asks for no GPU or server.
 
-    Methods that may go without rewards keep them, for what they do depends on that. Those, and
-    methods that ask a judge, keep the engine too.
+    Methods that may go without rewards keep them, for what they do depends on that. Where the
+    policy is the judge, it is asked all the same, and keeps its engine.
 
     Args:
         keep_engine: leave the recipe's own engine in it in any case.
     """
-    needs = needs_of(recipe.algorithm)
     changes: dict[str, object] = {}
-    if needs.rewards != "optional":
+    if needs_of(recipe.algorithm).rewards != "optional":
         changes["rewards"] = ()
-    if needs.rewards == "required" and recipe.rollout is not None and not keep_engine:
+    judge = getattr(recipe.algorithm, "judge", None)
+    asked = keep_engine or (judge is not None and judge.kind == "policy")
+    if recipe.rollout is not None and not asked:
         changes["rollout"] = recipe.rollout.model_copy(update={"engine": "native", "server": None})
     return recipe.model_copy(update=changes)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from typer.main import get_command
 
 from alignment.cli import app
@@ -111,6 +112,9 @@ def _become(
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.environ.update(environment)
+        # The pool of threads that a fork leaves is made anew by the first who uses it; two who do
+        # so at a time, as when weights are loaded, find none ("Invalid thread pool!").
+        torch.set_num_threads(torch.get_num_threads())
         code = _main(command)
         if modules is not None:
             modules.write_text(json.dumps(list(sys.modules)), encoding="utf-8")

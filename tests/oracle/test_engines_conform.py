@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,9 +44,20 @@ def padded_native(model: Any, tokenizer: Any, **kwargs: Any) -> NativeEngine:
     return NativeEngine(model, tokenizer, share_attention=False, **kwargs)
 
 
+SERVERS: list[VLLMStandIn] = []
+
+
+@pytest.fixture(autouse=True)
+def close_servers() -> Iterator[None]:
+    yield
+    while SERVERS:
+        SERVERS.pop().close()
+
+
 def served(model: Any, tokenizer: Any, **kwargs: Any) -> VLLMEngine:
-    """On a server that draws tokens a second way, and stays up until the tests are done."""
+    """On a server that draws tokens a second way, and stays up until the test is done."""
     server = VLLMStandIn(tokenizer.decode)
+    SERVERS.append(server)
     config = ServerConfig(url=server.url)
     engine = VLLMEngine(model, tokenizer, server=config, distributed=Distributed(), **kwargs)
     engine.weights_updated(0)

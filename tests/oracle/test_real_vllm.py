@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from test_engines_conform import TRANSFORMS, Letters, assert_faithful, prompts, reference_logprobs
 from tiny_models import tiny_model
 from tiny_runs import metrics_of, rollouts_of, run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from alignment.config.schema import ServerConfig
 from alignment.distributed import Distributed
@@ -61,9 +61,10 @@ class Served:
             return AutoModelForCausalLM.from_pretrained(self.folder).eval()
         return tiny_model("llama", seed=seed, vocab_size=260, eos_token_id=258, **WIDE)
 
-    def engine(self, model: Any, **options: Any) -> VLLMEngine:
+    def engine(self, model: Any, tokenizer: Any = None, **options: Any) -> VLLMEngine:
         config = ServerConfig(url=self.url, weights_dir=str(self.seen))
-        engine = VLLMEngine(model, Letters(), server=config, distributed=Distributed(), **options)
+        ranks, tokenizer = Distributed(), tokenizer or Letters()
+        engine = VLLMEngine(model, tokenizer, server=config, distributed=ranks, **options)
         engine.weights_updated(0)
         return engine
 
@@ -73,6 +74,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("model")
     tiny_model("llama", vocab_size=260, eos_token_id=258, **WIDE).save_pretrained(folder)
     AutoTokenizer.from_pretrained(fetch("tiny-random")).save_pretrained(folder)
+    GenerationConfig(eos_token_id=258, repetition_penalty=1.5).save_pretrained(folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -154,6 +156,28 @@ def test_end_tokens_and_stop_strings_are_kept(served: Served) -> None:
     for c in stopped:
         assert (c.stop_reason is StopReason.STOP) == (c.token_ids[-1] in range(2, 90))
         assert not set(c.token_ids[:-1]) & set(range(2, 90))
+
+
+def test_a_stop_string_ends_a_completion_and_is_kept(served: Served) -> None:
+    """Of the server's own text, whose letters are bytes."""
+    own = AutoTokenizer.from_pretrained(served.folder)
+    engine = served.engine(served.model(), own, stop_token_ids=())
+    params = replace(PARAMS, n=20, stop=("a", "e", "t"))
+    done = engine.generate(prompts(), params)
+    assert any(c.stop_reason is StopReason.STOP for c in done)
+    for c in done:
+        whole, before = (own.decode(ids) for ids in (c.token_ids, c.token_ids[:-1]))
+        assert (c.stop_reason is StopReason.STOP) == any(text in whole for text in params.stop)
+        assert not any(text in before for text in params.stop)
+
+
+def test_the_generation_config_of_the_served_model_changes_nothing(served: Served) -> None:
+    """It penalizes repetition, and the prompt's tokens come again."""
+    model = served.model()
+    prompt = Prompt((7,) * 40, "", 1)
+    params = replace(PARAMS, n=12, temperature=0.5)
+    done = served.engine(model).generate([prompt], params)
+    assert_faithful(model, [prompt], done, params)
 
 
 def test_completions_end_with_the_servers_context(served: Served) -> None:

@@ -181,3 +181,14 @@ def test_leftovers_are_removed_and_only_they(tmp_path):
     (tmp_path / "keep.tmp").write_text("")
     assert [path.name for path in remove_leftovers(tmp_path)] == [".tmp-a", ".tmp-b"]
     assert names(tmp_path) == ["keep.tmp"]
+
+
+def test_what_a_killed_write_left_is_gone_when_the_run_is_taken_up(tmp_path):
+    run = RunDirectory.create(tmp_path, "first", recipe_yaml=RECIPE, info=INFO)
+    run.evals_dir.mkdir(exist_ok=True)
+    for folder in (run.path, run.evals_dir):
+        (folder / ".tmp-held_out_loss-step-000000.jsonl-d31d2a09").touch()
+    (run.evals_dir / "held_out_loss-step-000000.jsonl").touch()
+    RunDirectory.create(tmp_path, "first", recipe_yaml=RECIPE, info=INFO, resume=True)
+    assert not list(run.path.rglob(".tmp-*"))
+    assert names(run.evals_dir) == ["held_out_loss-step-000000.jsonl"]

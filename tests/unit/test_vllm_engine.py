@@ -8,7 +8,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,15 +26,18 @@ from tiny_runs import events_of, metrics_of, recipe_of, rollouts_of, run, steps_
 from transformers import AutoTokenizer
 from vllm_server import VLLMStandIn, vllm_server
 
-from alignment.config.load import dump_recipe
-from alignment.config.schema import ServerConfig
+from alignment.config.load import dump_recipe, load_recipe
+from alignment.config.schema import Recipe, ServerConfig, TaskConfig
 from alignment.distributed import Distributed
 from alignment.modeling.catalog import fetch
+from alignment.modeling.finite import NonFiniteError
 from alignment.rollout.native import NativeEngine
 from alignment.rollout.server import ServerError
 from alignment.rollout.vllm import VLLMEngine
 from alignment.runs.directory import RunDirectory
 from alignment.runs.outputs import FINISHED
+from alignment.trainers.evaluation import evaluate_model
+from alignment.trainers.run import train
 from alignment.types import AlignmentError, Prompt, SamplingParams, UserInputError
 
 PROMPTS = [Prompt((5, 9, 30), "", 4), Prompt((7,), "", 9)]
@@ -102,6 +110,28 @@ def test_one_version_of_the_weights_is_kept_on_disk(server: VLLMStandIn, tmp_pat
     assert list(folder.iterdir()) == []
 
 
+def test_what_a_killed_run_left_on_disk_is_removed(server: VLLMStandIn, tmp_path: Path) -> None:
+    host = socket.gethostname()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive, elsewhere = (
+        tmp_path / f"policy-weights-{name}-x"
+        for name in (f"{host}-{ended.pid}", f"{host}-{os.getppid()}", f"other-{ended.pid}")
+    )
+    for folder in (dead, alive, elsewhere):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    engine_on(server, tiny_model("llama"), weights_dir=str(tmp_path)).weights_updated(0)
+    assert (dead.exists(), alive.exists(), elsewhere.exists()) == (False, True, True)
+
+
+def test_a_folder_that_cannot_be_written_is_named(server: VLLMStandIn, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    engine = engine_on(server, tiny_model("llama"), weights_dir=str(tmp_path / "file" / "below"))
+    with pytest.raises(AlignmentError, match=r"rollout.server.weights_dir: .*file/below"):
+        engine.weights_updated(0)
+
+
 def test_nothing_is_sampled_from_weights_that_were_never_sent(server: VLLMStandIn) -> None:
     with pytest.raises(AlignmentError, match="never given the policy's weights"):
         engine_on(server, tiny_model("llama")).generate(PROMPTS, SAMPLED)
@@ -125,6 +155,24 @@ def test_two_runs_on_one_server_are_an_error(server: VLLMStandIn) -> None:
     assert second.generate(PROMPTS, SAMPLED)
     with pytest.raises(ServerError, match="a run needs a server of its own"):
         first.generate(PROMPTS, SAMPLED)
+
+
+def test_another_runs_weights_that_were_loaded_in_part_are_an_error(server: VLLMStandIn) -> None:
+    """The other run ends before it can say what the server holds."""
+    first, second = (engine_on(server, tiny_model("llama", seed=seed)) for seed in (0, 1))
+    first.weights_updated(0)
+    server.failures["/collective_rpc"] = [500]
+    with pytest.raises(ServerError):
+        second.weights_updated(0)
+    with pytest.raises(ServerError, match="a run needs a server of its own"):
+        first.generate(PROMPTS, SAMPLED)
+
+
+def test_a_server_that_restarts_while_it_is_given_weights_is_an_error(server: VLLMStandIn) -> None:
+    engine = engine_on(server, tiny_model("llama"))
+    server.restarts_after_loading = True
+    with pytest.raises(ServerError, match="holds other weights than it was just given"):
+        engine.weights_updated(0)
 
 
 def test_what_the_old_weights_computed_must_be_dropped(server: VLLMStandIn) -> None:
@@ -190,6 +238,10 @@ def test_the_address_may_come_from_the_environment(
             ("rollout.engine=vllm", "rollout.server.url=http://h", "rollout.kv_tokens=9"),
             "rollout.kv_tokens: the server's own setting",
         ),
+        (
+            ("rollout={engine: vllm, server: {}, max_new_tokens: 8, min_p: 0.1, top_p: 0.9}",),
+            "rollout.min_p: engine vllm cuts by min_p before",
+        ),
     ],
 )
 def test_recipes_name_a_server_where_one_is_used(
@@ -197,6 +249,32 @@ def test_recipes_name_a_server_where_one_is_used(
 ) -> None:
     with pytest.raises(UserInputError, match=message):
         recipe_of("grpo", tmp_path, *settings)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://user:secret@host:8000", "http://"])
+def test_addresses_that_cannot_be_right_are_refused_and_tell_no_secret(url: str) -> None:
+    config = ServerConfig(url=url)
+    with pytest.raises(UserInputError, match=r"rollout.server.url: give a plain address") as said:
+        VLLMEngine(tiny_model("llama"), Letters(), server=config, distributed=Distributed())
+    assert "secret" not in str(said.value)
+
+
+def test_no_proxy_stands_in_between(server: VLLMStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, "socks5h://127.0.0.1:9")
+    engine_on(server, tiny_model("llama")).weights_updated(0)
+
+
+def test_a_shorter_context_of_the_server_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with vllm_server(Letters().decode, context=20) as short:
+        engine = engine_on(short, tiny_model("llama"), weights_dir=None)
+        engine.weights_updated(0)
+        prompt = Prompt((5,) * 15, "", 1)
+        done = engine.generate([prompt], SamplingParams(max_new_tokens=9))
+    assert "the server takes 20 tokens for prompt and completion together, the model 256" in (
+        caplog.text
+    )
+    assert len(done[0].token_ids) <= 5
 
 
 # -- 4: requests ----------------------------------------------------------------------------------
@@ -224,6 +302,17 @@ def test_what_the_server_refuses_is_quoted_and_not_asked_again(server: VLLMStand
     assert len(asked) <= 6
 
 
+def test_an_error_does_not_wait_for_the_completions_in_flight(server: VLLMStandIn) -> None:
+    engine = engine_on(server, tiny_model("llama"))
+    engine.weights_updated(0)
+    server.failures["/v1/completions"] = [400]
+    server.seconds = 4.0
+    began = time.monotonic()
+    with pytest.raises(ServerError, match="status 400"):
+        engine.generate(PROMPTS, SAMPLED)
+    assert time.monotonic() - began < 3.0
+
+
 def test_each_completion_is_a_request_with_a_seed_of_its_own(server: VLLMStandIn) -> None:
     engine = engine_on(server, tiny_model("llama"))
     engine.weights_updated(0)
@@ -238,6 +327,17 @@ def test_a_completion_that_ends_too_early_is_an_error(server: VLLMStandIn) -> No
     engine.weights_updated(0)
     server.most = 2
     with pytest.raises(ServerError, match="ended a completion after 2 tokens, which had room for"):
+        engine.generate(PROMPTS, SAMPLED)
+
+
+@pytest.mark.parametrize("value", [None, -9999.0])
+def test_a_token_that_was_not_possible_is_an_error(
+    server: VLLMStandIn, value: float | None
+) -> None:
+    engine = engine_on(server, tiny_model("llama"))
+    engine.weights_updated(0)
+    server.logprob = [value]
+    with pytest.raises(NonFiniteError, match=r"token 0 of sample . of prompt . are not finite"):
         engine.generate(PROMPTS, SAMPLED)
 
 
@@ -287,3 +387,22 @@ def test_i45_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     assert rollouts_of(again) == rollouts_of(whole)
     for name, weight in weights_of(whole).items():
         assert torch.equal(weights_of(again)[name], weight)
+
+
+def test_evaluations_of_other_models_leave_the_server_alone(
+    tiny_server: VLLMStandIn, tmp_path: Path
+) -> None:
+    """Rank 0 makes them by itself, and the server has the weights of the policy in training."""
+    served = ("rollout.engine=vllm", f"rollout.server.url={tiny_server.url}")
+    recipe = recipe_of("grpo", tmp_path, *served)
+    task = TaskConfig.model_validate({"type": "verifiable", "samples": 1})
+    assert evaluate_model(recipe, "tiny-random", [task], seed=0)["verifiable"].metrics
+    assert tiny_server.requests == []
+
+
+def test_i45_an_evaluation_does_not_mark_the_answers_that_follow_it(tmp_path: Path) -> None:
+    settings = [f"run.dir={tmp_path}", "expect=[]", EVALUATED]
+    recipe = load_recipe("tiny/ai_feedback", settings)
+    assert isinstance(recipe, Recipe)
+    made = train(recipe)
+    assert {row["policy_version"] for rows in rollouts_of(made) for row in rows} == {0}
