@@ -16,26 +16,13 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from rollout import load_model
 
 from alignment.modeling import attention_cpu
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.rms_norm import replace_rms_norms
 from alignment.modeling.scorer import score
 from alignment.types import Sample
-
-
-def random_model() -> Any:
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def random_samples() -> list[Sample]:
@@ -63,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
-    theirs, samples = random_model(), random_samples()
+    theirs, samples = load_model("random", "cpu", torch.bfloat16), random_samples()
     ours = copy.deepcopy(theirs)
     replace_rms_norms(ours)
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
