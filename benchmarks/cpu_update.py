@@ -1,65 +1,69 @@
-"""Seconds of one update in bfloat16 on a CPU, with our kernels and with torch's and transformers'.
+"""An update in bfloat16 on a CPU: by the toolkit, and with torch's and transformers' own kernels.
 
-    python benchmarks/cpu_update.py [--rounds 5]
+    python benchmarks/cpu_update.py [--model PATH] [--rounds 3] [--steps 4]
 
-Random weights in the shape of SmolLM2-135M; 16 samples of 4 prompts. Both ways take turns, so that
-a busy machine slows both. docs/decisions/0019-bf16-on-a-cpu.md.
+Scores and gradients of 16 samples of 4 prompts in one micro-batch, all weights; no optimizer. Both
+sides pack the samples alike. What differs: docs/decisions/0019-bf16-on-a-cpu.md and 0021.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import statistics
-import sys
 import time
 from typing import Any
 
 import torch
-from rollout import load_model
+from side_by_side import Benchmark, Job, Measured, peak_gigabytes
+from transformers import AutoModelForCausalLM
 
 from alignment.modeling import attention_cpu
 from alignment.modeling.backbone import Backbone
-from alignment.modeling.rms_norm import replace_rms_norms
+from alignment.modeling.heap import keep_freed_memory
+from alignment.modeling.load import load_causal_lm
 from alignment.modeling.scorer import score
 from alignment.types import Sample
 
+PROMPTS, GROUP = 4, 4
 
-def random_samples() -> list[Sample]:
+
+def random_samples(n_vocabulary: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+
     def tokens(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, 49152, (n,)).tolist())
+        return tuple(torch.randint(3, n_vocabulary, (n,), generator=generator).tolist())
 
-    prompts = [tokens(120) for _ in range(4)]
-    return [Sample(p, tokens(240), (True,) * 240) for p in prompts for _ in range(4)]
-
-
-def seconds(model: Any, samples: list[Sample], own: bool) -> float:
-    """Scores and gradients of all samples in one micro-batch."""
-    fast, attention_cpu._MULTIPLIES_FAST = attention_cpu._MULTIPLIES_FAST, own
-    start = time.perf_counter()
-    scores = score(Backbone(model), samples)
-    scores.logprobs.mean().backward()
-    taken = time.perf_counter() - start
-    attention_cpu._MULTIPLIES_FAST = fast
-    model.zero_grad()
-    return taken
+    prompts = [tokens(120) for _ in range(PROMPTS)]
+    return [Sample(p, tokens(240), (True,) * 240) for p in prompts for _ in range(GROUP)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    torch.manual_seed(0)
-    theirs, samples = load_model("random", "cpu", torch.bfloat16), random_samples()
-    ours = copy.deepcopy(theirs)
-    replace_rms_norms(ours)
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(rounds + 1):
-        times["ours"].append(seconds(ours, samples, own=True))
-        times["theirs"].append(seconds(theirs, samples, own=False))
-    for name, (_, *found) in times.items():  # the first round warms up
-        sys.stdout.write(f"{name:<7}{statistics.median(found):.2f} s, median of {rounds}\n")
+def measured(model: Any, job: Job) -> Measured:
+    backbone = Backbone(model)
+    samples = random_samples(model.config.vocab_size)
+    seconds = []
+    for _ in range(job.steps):
+        start = time.perf_counter()
+        score(backbone, samples).logprobs.mean().backward()
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad()
+    return Measured({"step": seconds}, peak_gigabytes(job.device))
 
+
+def run_ours(job: Job) -> Measured:
+    model = load_causal_lm(job.model, dtype="bfloat16")
+    keep_freed_memory()
+    return measured(model, job)
+
+
+def run_theirs(job: Job) -> Measured:
+    attention_cpu.MULTIPLIES_FAST = False
+    return measured(AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16), job)
+
+
+BENCHMARK = Benchmark(
+    title=f"Scores and gradients of {PROMPTS * GROUP} samples of {PROMPTS} prompts in bf16",
+    file=__file__,
+    sides={"ours": run_ours, "theirs": run_theirs},
+    samples_per_step=PROMPTS * GROUP,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

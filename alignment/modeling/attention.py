@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from alignment.modeling import attention_cpu
+from alignment.modeling.seams import Seams
 from alignment.types import AlignmentError
 
 NAME = "alignment_packed"
@@ -26,25 +26,6 @@ NAME = "alignment_packed"
 
 class SeamsLost(AlignmentError):
     """The model's layers do not hand `seams` on to attention."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Neighbours in a packed row that attend in one call.
-
-    length: its tokens.
-    prompt: (piece, tokens) where an earlier piece begins with the prompt of its first completions,
-            which they look at too; None where it begins with a prompt of its own.
-    causal: whether it is one sequence that looks at all of its past, so that no mask is needed.
-    """
-
-    length: int
-    prompt: tuple[int, int] | None
-    causal: bool
-
-
-Seams = tuple[Piece, ...]
-"""A packed row, from its first token to its last."""
 
 
 def packed_attention(
@@ -77,6 +58,9 @@ def packed_attention(
     """
     if seams is None:
         raise SeamsLost(f"{type(module).__name__} is not told where packed rows are cut")
+    if not dropout and attention_cpu.is_faster(query, value):
+        mask = attention_mask
+        return attention_cpu.attention(query, key, value, mask, seams, scale=scaling), None
     # Split rather than sliced: the backward pass of a split is one concatenation.
     lengths = [piece.length for piece in seams]
     queries, keys, values, masks = (
@@ -91,11 +75,6 @@ def packed_attention(
             k = torch.cat((keys[home][:, :, :n], k), dim=2)
             v = torch.cat((values[home][:, :, :n], v), dim=2)
         mask = masks[i][..., : k.shape[2]]
-        if not dropout and attention_cpu.is_faster(queries[i], k, v):
-            out.append(
-                attention_cpu.attention(queries[i], k, v, mask, causal=piece.causal, scale=scaling)
-            )
-            continue
         # On a GPU no fast kernel takes both a mask and heads that share keys.
         shares = n_shared > 1 and (piece.causal or query.device.type == "cpu")
         if n_shared > 1 and not shares:
@@ -112,7 +91,8 @@ def packed_attention(
                 enable_gqa=shares,
             )
         )
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    # Kernels give [1, piece, H, D], seen as [1, H, piece, D]; like this they are copied once.
+    return torch.cat([x.transpose(1, 2) for x in out], dim=1), None
 
 
 AttentionInterface.register(NAME, packed_attention)

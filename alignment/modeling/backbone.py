@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from alignment.activity import ACTIVITY
-from alignment.modeling.attention import NAME, Seams, attention_as, is_exchangeable
+from alignment.modeling.attention import NAME, attention_as, is_exchangeable
+from alignment.modeling.seams import Seams
 from alignment.types import AlignmentError
 
 # Layer kinds whose state is not a set of keys and values: no attention mask can keep packed

@@ -19,7 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import catalog, resolve
+from alignment.modeling.linear_cpu import replace_linears
 from alignment.modeling.rms_norm import replace_rms_norms
+from alignment.modeling.rotary_cpu import replace_rotary
 from alignment.modeling.template_file import BUILT_IN, template_file
 from alignment.modeling.tiny import CHATML
 from alignment.types import UserInputError
@@ -277,6 +279,8 @@ def load_pretrained(
         )
     model.config.use_cache = False
     replace_rms_norms(model)
+    replace_linears(model)
+    replace_rotary(model)
     return model.eval(), sorted(info["unexpected_keys"])
 
 

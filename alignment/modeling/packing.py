@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignment.modeling.attention import Piece, Seams
+from alignment.modeling.seams import Piece, Seams
 from alignment.types import AlignmentError, Sample
 
 # Rows longer than this are not built from several units, and a unit is split when it would

@@ -27,6 +27,7 @@ from alignment.data.sources import file, line_numbers
 from alignment.distributed import Distributed
 from alignment.modeling.attention import recomputed_alike
 from alignment.modeling.heads import ScalarHead, ScalarModel
+from alignment.modeling.heap import keep_freed_memory
 from alignment.modeling.load import (
     DTYPES,
     LoraOptions,
@@ -149,6 +150,8 @@ def assemble(
         for_training: without it there is no optimizer, and none of its memory.
     """
     recipe = loaded.recipe
+    if distributed.device.type == "cpu":
+        keep_freed_memory()
     trains = for_training and needs_of(recipe.algorithm).trains
     # What is sharded goes to the device layer by layer, and each rank keeps its part.
     shards = trains and distributed.shards_state

@@ -10,10 +10,11 @@ from tiny_models import FAMILIES, RECURRENT, VOCAB, recurrent_model, tiny_model
 from torch import Tensor
 
 from alignment.modeling import packing, scorer
-from alignment.modeling.attention import Piece, SeamsLost, recomputed_alike
+from alignment.modeling.attention import SeamsLost, recomputed_alike
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.packing import plan_micro_batches
 from alignment.modeling.scorer import choose_layout, packing_fault, predicting_states, score
+from alignment.modeling.seams import Piece
 from alignment.types import AlignmentError, Sample, SamplingParams
 
 
