@@ -20,7 +20,8 @@ _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_", "MALLOC_TOP_PAD_")
 def keep_freed_memory() -> bool:
     """Have the process keep what it frees, from now on, for what it allocates next.
 
-    Its peak stays what it was; below that, its resident memory does not go down again.
+    Its resident memory does not go down again. Its peak may rise by what does not fit the holes
+    that were left; training's was measured to stay as it was.
 
     Returns:
         whether that is so: elsewhere than with glibc there is nothing to set, and what the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,18 @@ def test_a_model_that_turns_a_part_of_each_head_computes_as_before(
     before = computed(model)
     replace_rotary(model)
     assert all_equal(computed(model), before)
+
+
+@pytest.mark.parametrize("file", ["qwen4_exp", "glmasr"])
+def test_a_function_that_may_be_called_otherwise_is_kept(file: str, restored: Restore) -> None:
+    """With queries alone, or with position ids; of the same numbers where it is called like ours."""
+    name = f"transformers.models.{file}.modeling_{file}"
+    theirs = getattr(importlib.import_module(name), NAME)
+    model = tiny_model().bfloat16()
+    module = restored(model)
+    setattr(module, NAME, theirs)
+    replace_rotary(model)
+    assert getattr(module, NAME) is theirs
 
 
 def test_a_model_without_rotary_embeddings_is_left_alone() -> None:
