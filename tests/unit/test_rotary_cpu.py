@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -248,16 +247,24 @@ def test_a_model_that_turns_a_part_of_each_head_computes_as_before(
     assert all_equal(computed(model), before)
 
 
-@pytest.mark.parametrize("file", ["qwen4_exp", "glmasr"])
-def test_a_function_that_may_be_called_otherwise_is_kept(file: str, restored: Restore) -> None:
-    """With queries alone, or with position ids; of the same numbers where it is called like ours."""
-    name = f"transformers.models.{file}.modeling_{file}"
-    theirs = getattr(importlib.import_module(name), NAME)
+def test_a_function_that_may_be_called_otherwise_is_kept(restored: Restore) -> None:
+    """Of the same numbers where it is called as ours: one that queries may go through alone, and
+    one that takes position ids (qwen4_exp and glmasr have such)."""
     model = tiny_model().bfloat16()
     module = restored(model)
-    setattr(module, NAME, theirs)
-    replace_rotary(model)
-    assert getattr(module, NAME) is theirs
+    llamas = getattr(module, NAME)
+
+    def queries_alone(q: Any, k: Any = None, cos: Any = None, sin: Any = None, unsqueeze_dim=1):
+        turned = llamas(q, q if k is None else k, cos, sin, unsqueeze_dim)
+        return turned if k is not None else turned[0]
+
+    def with_positions(q: Any, k: Any, cos: Any, sin: Any, position_ids=None, unsqueeze_dim=1):
+        return llamas(q, k, cos, sin, unsqueeze_dim)
+
+    for theirs in (queries_alone, with_positions):
+        setattr(module, NAME, theirs)
+        replace_rotary(model)
+        assert getattr(module, NAME) is theirs
 
 
 def test_a_model_without_rotary_embeddings_is_left_alone() -> None:
