@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment.modeling.linear_cpu import Linear
+
 # The rearranged weights are a second copy of the model: past this size that is not taken for
 # granted, and a CPU is no place for sampling anyway.
 _LARGEST_BYTES = 2 << 30
@@ -39,7 +41,7 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 def _packable(module: nn.Module) -> bool:
     """An ordinary linear layer, with no `forward` that someone else hung on it."""
     return (
-        type(module) is nn.Linear
+        type(module) in (nn.Linear, Linear)
         and "forward" not in vars(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.bfloat16

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from alignment.modeling.linear_cpu import Linear
 from alignment.rollout.cache import EMPTY, PROMPT, GroupedCache
-from alignment.rollout.packed import packed_weights
+from alignment.rollout.packed import _available, packed_weights
 from alignment.rollout.rows import Row, lay_out
 from alignment.rollout.schedule import GROUP_ROWS, Scheduler
 from alignment.rollout.stopping import StopRule, end_tokens
@@ -167,6 +168,14 @@ def test_packed_weights_multiply_alike_and_leave_no_trace() -> None:
     with pytest.raises(ZeroDivisionError), packed_weights(model):
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) for layer in model)
+
+
+@pytest.mark.skipif(not _available(), reason="no fast bfloat16 products here")
+@pytest.mark.parametrize("kind", [nn.Linear, Linear])
+def test_layers_as_they_are_loaded_are_packed(kind: type[nn.Linear]) -> None:
+    layers = nn.ModuleList([kind(256, 128), kind(128, 256, bias=False)]).bfloat16()
+    with packed_weights(layers):
+        assert all("forward" in vars(layer) for layer in layers)
 
 
 def test_packing_leaves_other_layers_alone() -> None:
