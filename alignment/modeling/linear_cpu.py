@@ -28,7 +28,9 @@ class Linear(nn.Linear):
     """`nn.Linear`, whose weight gradient takes less time; of the same numbers up to rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._takes_long(input.numel() // self.in_features):
+        # Autocast hands over another dtype than the weight's.
+        n_tokens = input.numel() // self.in_features
+        if input.dtype != self.weight.dtype or not self._takes_long(n_tokens):
             return super().forward(input)
         function: Any = _Linear
         out: Tensor = function.apply(input, self.weight, self.bias)

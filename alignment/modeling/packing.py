@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from alignment.modeling.seams import Piece, Seams
+from alignment.modeling.seams import Piece, Seams, places
 from alignment.types import AlignmentError, Sample
 
 # Rows longer than this are not built from several units, and a unit is split when it would
@@ -271,19 +270,16 @@ def _piece_masks(
     Args:
         unit_of, part_of, positions: of each token, `[L]`.
     """
-    ends = list(accumulate(piece.length for piece in seams))
-    starts = [0, *ends[:-1]]
+    cuts = list(places(seams))
     keys = []  # of each piece, as places in the row
-    for piece, start, end in zip(seams, starts, ends, strict=True):
-        own = torch.arange(start, end)
-        if piece.prompt is not None:
-            home, n = piece.prompt
-            own = torch.cat((torch.arange(starts[home], starts[home] + n), own))
-        keys.append(own)
+    for cut in cuts:
+        own = torch.arange(cut.start, cut.end)
+        keys.append(own if cut.carried is None else torch.cat((torch.arange(*cut.carried), own)))
     width = max(map(len, keys))
     allowed = torch.zeros(len(unit_of), width, dtype=torch.bool)
     key_positions = torch.zeros(len(unit_of), width, dtype=torch.long)
-    for own, start, end in zip(keys, starts, ends, strict=True):
+    for own, cut in zip(keys, cuts, strict=True):
+        start, end = cut.start, cut.end
         queries = torch.arange(start, end)[:, None]
         visible = (part_of[own] == 0) | (part_of[own] == part_of[queries])
         allowed[start:end, : len(own)] = (

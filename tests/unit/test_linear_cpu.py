@@ -218,6 +218,18 @@ def test_without_a_gradient_of_the_weight_the_plain_path_is_taken(
     assert not calls
 
 
+def test_under_autocast_float32_inputs_take_the_plain_path(calls: list[Tensor]) -> None:
+    own, theirs = pair(NARROWING, True)
+    found = []
+    for layer in (own, theirs):
+        leaf = bfloat(40, NARROWING[0]).float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(leaf).float().sum().backward()
+        found.append((leaf.grad, layer.weight.grad))
+    assert not calls
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_weights_cast_to_float32_take_the_plain_path(calls: list[Tensor]) -> None:
     own, theirs = (layer.float() for layer in pair(NARROWING))
     x, grad = bfloat(50, 96).float(), bfloat(50, 40, seed=1).float()
