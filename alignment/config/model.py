@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import InitErrorDetails
 
 from alignment.config.fields import (
     Bool,
@@ -43,32 +45,36 @@ class ReferenceConfig(Section):
     """`adapter_off` (LoRA: the same weights without the adapter), `frozen_copy`, `synced` (follows
     the policy), `precomputed` (offline methods), `none`."""
     dtype: DType | None = None
-    """Number format of a copy; null is the model's."""
+    """Number format of a frozen copy; null is the model's."""
     device: str | None = None
-    """Device of a copy, such as `cpu`; null is the model's."""
+    """Device of a frozen copy, such as `cpu`; null is the model's."""
     every: PositiveCount = 1
-    """Steps between updates of a synced reference."""
+    """Steps between updates of a synced reference; above 1, unless `mix` is less than 1."""
     mix: Annotated[Number, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the policy in an update of a synced reference: 1 copies, less averages (EMA)."""
 
     @model_validator(mode="after")
     def _options_apply(self) -> ReferenceConfig:
-        applies = {
-            "dtype": ("frozen_copy", "synced"),
-            "device": ("frozen_copy", "synced"),
-            "every": ("synced",),
-            "mix": ("synced",),
-        }
-        raise_problems(
-            "reference",
-            [
-                problem((key,), f"applies to mode {' and '.join(modes)} only; remove it")
-                for key, modes in applies.items()
-                if self.mode not in modes
-                and getattr(self, key) != type(self).model_fields[key].default
-            ],
-        )
+        raise_problems("reference", self._problems())
         return self
+
+    def _problems(self) -> Iterator[InitErrorDetails]:
+        applies = {
+            "dtype": "frozen_copy",
+            "device": "frozen_copy",
+            "every": "synced",
+            "mix": "synced",
+        }
+        for key, mode in applies.items():
+            if self.mode != mode and getattr(self, key) != type(self).model_fields[key].default:
+                yield problem((key,), f"applies to mode {mode} only; remove it")
+        if self.mode == "synced" and self.every == 1 and self.mix == 1.0:
+            yield problem(
+                ("every",),
+                "a reference that is a copy of the policy after every step pulls nowhere: each "
+                "step begins with a divergence of 0. Copy it every so many steps (every: 50), or "
+                "average (mix: 0.1)",
+            )
 
 
 def _default_reference(data: dict[str, Any]) -> ReferenceConfig:

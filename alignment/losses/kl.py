@@ -154,7 +154,10 @@ class AdaptiveKLController:
         target: the KL to hold, in the units of what `update` is given (the paper: nats per
             sequence).
         gain: the paper's K, 0.1, for one update a step.
-        max_error: the paper's 0.2.
+        max_error: the paper's 0.2. Below 1 / gain, so that `coef` stays above 0.
+
+    Raises:
+        UserInputError: a number is out of range.
     """
 
     def __init__(
@@ -164,6 +167,12 @@ class AdaptiveKLController:
         self._target = _checked("KL target", target, above=0.0)
         self._gain = _checked("KL controller gain", gain, above=0.0)
         self._max_error = _checked("KL controller max_error", max_error, above=0.0)
+        if gain * max_error >= 1.0:
+            raise UserInputError(
+                f"the KL controller's gain is {gain:g}: with errors as large as {max_error:g}, one "
+                f"step could take the coefficient to 0 or below; give less than {1 / max_error:g} "
+                "(the completions of a step divided by the horizon)"
+            )
 
     @property
     def coef(self) -> float:

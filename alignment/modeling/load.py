@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import catalog, resolve
+from alignment.modeling.hashes import tensors_hash
 from alignment.modeling.linear_cpu import replace_linears
 from alignment.modeling.rms_norm import replace_rms_norms
 from alignment.modeling.rotary_cpu import replace_rotary
@@ -212,13 +213,9 @@ def model_hash(model: nn.Module | str | Path) -> str:
     Of a module: names, dtypes, shapes and bytes of its parameters, tied ones once, sorted by name.
     Of a directory: names and contents of its weight files. The two are not comparable.
     """
-    digest = hashlib.sha256()
     if isinstance(model, nn.Module):
-        for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-            data = parameter.detach().cpu().contiguous()
-            digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_hash(dict(model.named_parameters()))
+    digest = hashlib.sha256()
     for file in _weight_files(Path(model)):
         with file.open("rb") as stream:
             digest.update(

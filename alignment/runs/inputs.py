@@ -5,6 +5,12 @@ of another run:
 
     "inputs": [{"key": "model.path", "run": "runs/x/stages/sft", "output": "model",
                 "hash": SHA-256 of the output when the run started}]
+
+What lies in no run is the user's own. The policy's model, the data and the like are hashed as they
+were loaded; of further models, the files are:
+
+    "models": [{"key": "algorithm.critic.path", "path": "/models/rm",
+                "files": {"config.json": {"hash": SHA-256, "size": 734, "mtime_ns": ...}, ...}}]
 """
 
 from __future__ import annotations
@@ -17,8 +23,11 @@ from typing import Any
 
 from alignment.config.schema import Recipe
 from alignment.runs.directory import RunDirectory
+from alignment.runs.files import readable_errors
 from alignment.runs.outputs import (
     Encoding,
+    FileStamp,
+    contents,
     output_hash,
     output_paths,
     read_finished,
@@ -27,6 +36,8 @@ from alignment.runs.outputs import (
 from alignment.types import UserInputError
 
 _OWN_SECTIONS = ("run", "expect")  # where this run is kept, and what is asked of it
+_POLICY = "model.path"  # its weights are hashed in memory
+_MODEL_CONFIGS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,59 @@ def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
             encoding = None if _exchanges_text(sections, key) else encoding_of(run)
             found.append(ParentRecord(key, str(run), output, value_hash, encoding))
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model besides the policy's that a run starts from, and that no run made.
+
+    key:   the setting that names it, such as algorithm.critic.path.
+    path:  its folder.
+    files: the files in it, as they were found, by name.
+    """
+
+    key: str
+    path: str
+    files: Mapping[str, FileStamp]
+
+
+def find_models(recipe: Recipe) -> tuple[ModelRecord, ...]:
+    """The critic, reward models and judges that the recipe takes from folders of the user's.
+
+    A setting counts if it is a path, and there is a model's configuration in that folder.
+
+    Raises:
+        AlignmentError: a file of one cannot be read.
+    """
+    files: dict[Path, Mapping[str, FileStamp]] = {}
+    found = []
+    for key, value in _texts(recipe.model_dump(mode="json", exclude=set(_OWN_SECTIONS)), ()):
+        folder = None if key == _POLICY else _model_folder(key, value)
+        if folder is not None:
+            if folder not in files:
+                files[folder] = _files_in(folder)
+            found.append(ModelRecord(key, str(folder), files[folder]))
+    return tuple(found)
+
+
+def _model_folder(key: str, text: str) -> Path | None:
+    """The folder of a model outside of any run that a setting leads to."""
+    path = _existing_path(text) if "/" in text or key.endswith(".path") else None
+    if path is None or _place_in_a_run(text) is not None:
+        return None
+    return path if any((path / name).is_file() for name in _MODEL_CONFIGS) else None
+
+
+def _files_in(folder: Path, known: Mapping[str, FileStamp] | None = None) -> dict[str, FileStamp]:
+    """Stamps of the files that lie in a folder itself, as a model's do: what is below it (the
+    checkpoints of another trainer) is not loaded."""
+    files: dict[str, FileStamp] = {}
+    with readable_errors("read", folder):
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    for name in names:
+        if not name.startswith("."):
+            files |= contents(folder / name, known or {}).files
+    return files
 
 
 def _exchanges_text(sections: Mapping[str, Any], key: str) -> bool:
@@ -142,6 +206,7 @@ def refuse_changed_start(run: Path, recipe: Recipe, now: Mapping[str, str]) -> N
     """Compare what a run is about to go on with, with what it started from.
 
     Args:
+        recipe: as it was loaded: what it names no more is not compared.
         now: hashes of its "model", "tokenizer", "template" and "data" as they were just loaded.
 
     Raises:
@@ -161,12 +226,31 @@ def refuse_changed_start(run: Path, recipe: Recipe, now: Mapping[str, str]) -> N
         for key, name in names.items()
         if (before := info.get(f"{key}_hash")) is not None and before != now[key]
     ]
+    changes += _changed_models(recipe, info)
     if changes:
         raise UserInputError(
             f"the run {run} cannot go on: what it started from has changed since: "
             f"{'; '.join(changes)}. Put it back as it was, choose another run.name, or delete the "
             "run"
         )
+
+
+def _changed_models(recipe: Recipe, info: Mapping[str, Any]) -> Iterator[str]:
+    """The further models that are not as a `run.json` has them. Earlier versions listed none."""
+    keys = {key for key, _ in _texts(recipe.model_dump(mode="json"), ())}
+    for model in info.get("models", ()):
+        before = {name: FileStamp(**stamp) for name, stamp in model["files"].items()}
+        folder = Path(model["path"])
+        if model["key"] not in keys or not folder.is_dir():
+            continue
+        now = _files_in(folder, before)
+        names = [
+            name
+            for name in sorted(before | now)
+            if name not in before or name not in now or before[name].hash != now[name].hash
+        ]
+        if names:
+            yield f"{model['key']}, {folder} ({', '.join(names)})"
 
 
 def check_compatible(child: Encoding, parents: Sequence[ParentRecord]) -> None:
@@ -194,14 +278,26 @@ def _mismatches(child: Encoding, parent: ParentRecord) -> Iterator[str]:
         yield (
             f"{start} another tokenizer ({short_hash(theirs.tokenizer)}) than this run "
             f"({short_hash(child.tokenizer)}){_sizes(theirs, child)}; {reason}. Use one tokenizer "
-            "throughout: start both from the same base model"
+            f"throughout: start both from the same base model{_way_out(parent)}"
         )
     if _differ(theirs.template, child.template):
         yield (
             f"{start} another chat template ({short_hash(theirs.template)}) than this run "
             f"({short_hash(child.template)}); {reason}. Set model.chat_template to the same in "
             "both, or in neither (a model's folder holds the template that it was trained with)"
+            f"{_way_out(parent)}"
         )
+
+
+def _way_out(parent: ParentRecord) -> str:
+    """Rows are text: what stands against them is how they came about, which a copy does not say."""
+    if parent.output != "data":
+        return ""
+    data = output_paths(Path(parent.run))["data"]
+    return (
+        f". If these texts are to be read so (a reward model of another family learns from them), "
+        f"copy {data} to a place outside of any run, and set {parent.key} to the copy"
+    )
 
 
 def _role(parent: ParentRecord) -> tuple[str, str]:
@@ -247,14 +343,19 @@ def _place_in_a_run(text: str) -> tuple[Path, str] | None:
     """(run, output) that a path leads to; None where the text is no path into a run."""
     if "/" not in text and os.sep not in text:  # a name, though there may be a folder called so
         return None
-    try:
-        path = Path(text).expanduser()
-        if not path.exists():
-            return None
-    except (OSError, ValueError, RuntimeError):  # no text that could be a path
+    path = _existing_path(text)
+    if path is None:
         return None
     for folder in (path, *path.parents):
         if all((folder / name).is_file() for name in ("run.json", "recipe.yaml")):
             outputs = output_paths(folder).items()
             return folder, next((out for out, at in outputs if path.is_relative_to(at)), "run")
     return None
+
+
+def _existing_path(text: str) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # no text that could be a path
+        return None

@@ -10,12 +10,13 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from alignment import __version__
 from alignment.runs.events import utc_now
-from alignment.runs.inputs import ParentRecord
+from alignment.runs.inputs import ModelRecord, ParentRecord
 from alignment.types import AlignmentError
 
 REDACTED = "***"
@@ -47,6 +48,7 @@ def run_info(
     template_hash: str | None,
     data_hash: str | None,
     inputs: Sequence[ParentRecord] | None = None,
+    models: Sequence[ModelRecord] | None = None,
     parents: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """What `run.json` holds.
@@ -57,10 +59,15 @@ def run_info(
         model_hash, tokenizer_hash, template_hash, data_hash: of what the run starts from, or None
             where there is no such thing.
         inputs: what the run takes from other runs; None leaves it unrecorded.
+        models: what it takes from folders of models besides; None leaves it unrecorded.
         parents: folders of further runs that this one starts from, besides those of `inputs`.
     """
     runs = [*(parent.run for parent in inputs or ()), *map(str, parents)]
-    recorded = {} if inputs is None else {"inputs": [parent.as_input() for parent in inputs]}
+    recorded: dict[str, Any] = {}
+    if inputs is not None:
+        recorded["inputs"] = [parent.as_input() for parent in inputs]
+    if models is not None:
+        recorded["models"] = [asdict(model) for model in models]
     return {
         "time": utc_now(),
         "command": redact(command),

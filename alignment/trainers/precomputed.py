@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alignment.downloads import cache_directory
 from alignment.modeling.finite import require_finite
+from alignment.modeling.hashes import settings_hash
 from alignment.modeling.memory import memory_for
 from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.shards import lockstep, rows_of
@@ -63,15 +64,18 @@ def precomputed_logprobs(context: TrainingContext, samples: Sequence[Sample]) ->
 def cache_file(context: TrainingContext, samples: Sequence[Sample]) -> Path:
     """Where the numbers of these samples are kept.
 
-    The name is a hash of the run's fingerprint (model, tokenizer, template, data), of what the
-    numbers' rounding depends on (dtype, attention, tokens of a micro-batch), and of the tokens
-    themselves, which the limits on their number have shaped.
+    The name is a hash of the run's fingerprint (weights, tokenizer, template, data), of what else
+    the model computes with (`settings_hash`), of what the numbers' rounding depends on (dtype,
+    attention, tokens of a micro-batch, kind of device), and of the tokens themselves, which the
+    limits on their number have shaped.
     """
     recipe = context.recipe
     digest = hashlib.sha256()
     settings = {
         "format": _FORMAT,
         "fingerprint": context.fingerprint,
+        "model": settings_hash(context.policy.model),
+        "device": context.distributed.device.type,
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
         "micro_batch_tokens": recipe.optim.micro_batch_tokens,

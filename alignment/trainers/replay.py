@@ -130,7 +130,7 @@ def replay(path: Path | str, step: int, *, sample: int | None = None) -> Replay:
     # Graders are asked in no case, and the engine only for the sample.
     loaded = load_parts(without_sampling(recipe, keep_engine=row is not None))
     try:
-        refuse_changed_start(run.path, recipe, asdict(loaded.fingerprints))
+        refuse_changed_start(run.path, loaded.recipe, asdict(loaded.fingerprints))
         with tempfile.TemporaryDirectory() as scratch:
             source = None if recorded is None else _Source(recorded, None if row is None else step)
             loop = _loop(run, loaded, source, step, Path(scratch))

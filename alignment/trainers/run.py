@@ -29,8 +29,10 @@ from alignment.runs.events import EventLog
 from alignment.runs.expect import verify_run
 from alignment.runs.files import readable_errors
 from alignment.runs.inputs import (
+    ModelRecord,
     ParentRecord,
     check_compatible,
+    find_models,
     find_parents,
     refuse_changed_inputs,
     refuse_changed_start,
@@ -140,10 +142,11 @@ class _Start:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """What a run starts from."""
+    """What a run starts from; `models` are looked for where it starts for the first time."""
 
     loaded: Loaded
     parents: Sequence[ParentRecord]
+    models: Sequence[ModelRecord] | None
     recorded: RecordedRollouts | None
 
 
@@ -198,11 +201,15 @@ def _load(start: _Start) -> _Inputs:
     samples = recorded is None or recipe.eval.tasks
     loaded = load_parts(recipe if samples else without_sampling(recipe))
     if start.exists:
-        refuse_changed_start(start.path, recipe, asdict(loaded.fingerprints))
+        refuse_changed_start(start.path, loaded.recipe, asdict(loaded.fingerprints))
     check_compatible(_encoding(loaded), parents)
     if recorded is not None:
         recorded.require_tokens(_encoding(loaded))
-    return _Inputs(loaded, parents, recorded)
+    models = None
+    if start.distributed.is_main and not start.exists:
+        with doing("loading", "hashes of the other models that the recipe names"):
+            models = find_models(loaded.recipe)
+    return _Inputs(loaded, parents, models, recorded)
 
 
 def _encoding(loaded: Loaded) -> Encoding:
@@ -263,6 +270,7 @@ def _open_directory(start: _Start, inputs: _Inputs) -> RunDirectory:
             command=start.command,
             seed=run.seed,
             inputs=[*inputs.parents, *(recorded.as_inputs() if recorded else ())],
+            models=inputs.models,
             model_hash=prints.model,
             tokenizer_hash=prints.tokenizer,
             template_hash=prints.template,

@@ -46,7 +46,7 @@ _OWN: dict[str, tuple[str, tuple[str, ...]]] = {
             "algorithm.group_size=2",
             "algorithm.epochs_per_step=2",
             "algorithm.kl={coef: 0.1, estimator: full}",
-            "model.reference={mode: synced, every: 1}",
+            "model.reference={mode: synced, every: 1, mix: 0.5}",
             "rollout.max_new_tokens=6",
             *_ONE_STEP,
         ),

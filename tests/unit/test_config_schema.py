@@ -127,6 +127,17 @@ IMPOSSIBLE: list[tuple[list[str], str, str]] = [
     ),
     (["model.reference={mode: frozen_copy, every: 3}"], "model.reference.every", "synced only"),
     (["model.reference={mode: synced, mix: 0}"], "model.reference.mix", "greater than 0"),
+    (["model.reference=synced"], "model.reference.every", "every so many steps (every: 50)"),
+    (
+        ["model.reference={mode: synced, every: 5, dtype: bfloat16}"],
+        "model.reference.dtype",
+        "frozen_copy only",
+    ),
+    (
+        ["model.reference={mode: synced, mix: 0.5, device: cpu}"],
+        "model.reference.device",
+        "frozen_copy only",
+    ),
     (["algorithm.kl.estimator=k1"], "algorithm.kl.estimator", "gradient of zero in expectation"),
     (["algorithm.kl={coef: 0.1, controller: adaptive}"], "algorithm.kl.target", "required"),
     (["algorithm.kl={coef: 0.1, target: 3}"], "algorithm.kl.target", "adaptive only"),
@@ -134,6 +145,11 @@ IMPOSSIBLE: list[tuple[list[str], str, str]] = [
         ["algorithm.kl={controller: adaptive, target: 3, horizon: 100}"],
         "algorithm.kl.coef",
         "start it above 0",
+    ),
+    (
+        ["algorithm.kl={coef: 0.1, controller: adaptive, target: 3, horizon: 19.2}"],
+        "algorithm.kl.horizon",
+        "counts completions, and 19.2 of them are too few for steps of 96",
     ),
     (["algorithm.group_size=1"], "algorithm.group_size", "at least 2"),
     (["algorithm.updates_per_step=5"], "algorithm.updates_per_step", "do not divide 12 prompts"),
@@ -192,6 +208,8 @@ def test_what_sft_refuses(tmp_path: Path, overrides: list[str], path: str, remed
         ["rewards=[{type: good}, {type: good, name: again, scale: 2}]"],
         ["algorithm.kl={coef: 0.1, controller: adaptive, target: 3, horizon: 100}"],
         ["model.lora.rank=8", "model.reference={mode: synced, every: 5, mix: 0.5}"],
+        ["model.reference={mode: synced, mix: 0.5}"],
+        ["model.reference={mode: frozen_copy, dtype: bfloat16, device: cpu}"],
         ["model.lora={rank: 4, target_modules: [q_proj, v_proj]}"],
         ["algorithm={type: sft, epochs: 0.5}", "rewards=[]"],
         ["eval={every: 5, tasks: [{type: quiz, ks: [1, 4]}]}", "data.held_out=2"],
@@ -208,6 +226,28 @@ def test_a_resolved_recipe_loads_back_unchanged(tmp_path: Path, overrides: list[
     again = parse_recipe(text)
     assert again == recipe
     assert dump_recipe(again) == text
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo", "raft"])
+def test_a_step_has_less_than_five_horizons_of_completions(method: str) -> None:
+    """Else one step could take an adaptive KL coefficient to 0 or below."""
+    counts = {
+        "grpo": ("algorithm.prompts_per_step=4", "algorithm.group_size=16"),
+        "ppo": ("algorithm.prompts_per_step=32", "algorithm.samples_per_prompt=2"),
+        "raft": ("algorithm.prompts_per_step=8", "algorithm.group_size=8"),
+    }[method]
+
+    def load_with(horizon: float) -> None:
+        kl = f"algorithm.kl={{coef: 0.1, controller: adaptive, target: 6, horizon: {horizon}}}"
+        if method == "ppo":
+            kl = kl.replace("coef", "placement: reward, coef")
+        load_recipe(f"tiny/{method}", [*counts, kl])
+
+    with pytest.raises(UserInputError, match=r"10 of them are too few for steps of 64.*than 12\.8"):
+        load_with(10)
+    with pytest.raises(UserInputError, match=r"12\.8 of them are too few"):
+        load_with(12.8)
+    load_with(13)
 
 
 @settings(max_examples=40, deadline=None)

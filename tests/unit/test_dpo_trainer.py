@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from alignment.config.schema import Recipe
 from alignment.data.arithmetic_pairs import arithmetic_pairs
 from alignment.losses import preference_kinds
 from alignment.modeling.policy import PolicyWithReference
+from alignment.modeling.tiny import build_tiny
 from alignment.trainers import precomputed
 from alignment.trainers.dpo import DPOTrainer
 from alignment.trainers.preference import interleaved
@@ -260,6 +262,24 @@ def test_what_the_numbers_depend_on_is_in_the_name(tmp_path: Path, other: str) -
 
     assert name() == name("algorithm.loss.beta=0.4", "optim.lr=1e-5", "run.seed=3")
     assert name() != name(other)
+
+
+def test_what_else_the_model_computes_with_is_in_the_name(tmp_path: Path) -> None:
+    """The weights are the same; the log-probabilities are not."""
+
+    def name(model: Path, *overrides: str) -> str:
+        settings = ("model.reference=precomputed", f"model.path={model}", *overrides)
+        context = parts_of("dpo", tmp_path, *settings)
+        samples = interleaved(context.train.pairs.chosen, context.train.pairs.rejected)
+        return precomputed.cache_file(context, samples).name
+
+    plain = build_tiny(tmp_path / "plain", seed=1)
+    copy = build_tiny(tmp_path / "copy", seed=1)
+    other = build_tiny(tmp_path / "other", seed=1)
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (other / "config.json").write_text(json.dumps(config))
+    assert name(plain) == name(copy) != name(other)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, cache: Path) -> None:

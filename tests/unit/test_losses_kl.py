@@ -113,3 +113,13 @@ def test_adaptive_controller_rejects_nonsense() -> None:
         AdaptiveKLController(0.0, target=6.0)
     with pytest.raises(UserInputError, match="KL target"):
         AdaptiveKLController(0.1, target=0.0)
+
+
+def test_the_adaptive_coefficient_stays_above_zero() -> None:
+    """64 completions a step: over a horizon of 13, a step takes 64 / 13 / 5 of it at most."""
+    controller = AdaptiveKLController(0.2, target=6.0, gain=64 / 13)
+    controller.update(0.0)
+    assert controller.coef == pytest.approx(0.2 / 65)
+    for gain in (64 / 10, 5.0):  # 1 - 0.2 * 6.4 = -0.28: the penalty would be a bonus
+        with pytest.raises(UserInputError, match=rf"gain is {gain:g}: .* give less than 5"):
+            AdaptiveKLController(0.2, target=6.0, gain=gain)

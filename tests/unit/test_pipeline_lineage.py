@@ -233,6 +233,26 @@ def test_all_mismatches_are_named_at_once() -> None:
     assert len(str(caught.value).splitlines()) == 3
 
 
+def test_rows_of_another_tokenizer_can_be_copied_out_of_their_run(tmp_path: Path) -> None:
+    """As the message says: a reward model of another family learns from the policy's pairs."""
+    parent = finish(begin(sft(tmp_path, "one")), "1", data='{"prompt": "a"}\n')
+    own = Encoding(OTHER, OTHER)
+
+    def inputs(data: Path) -> tuple[ParentRecord, ...]:
+        recipe = sft(tmp_path, "two", f"data={{type: file, path: '{data}'}}")
+        return find_parents(recipe)
+
+    with pytest.raises(UserInputError) as caught:
+        check_compatible(own, inputs(parent.data))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert f"copy {parent.data} to a place outside of any run, and set data.path to" in line
+    copy = tmp_path / "pairs.jsonl"
+    copy.write_bytes(parent.data.read_bytes())
+    check_compatible(own, inputs(copy))
+
+
 def test_an_encoding_is_read_from_the_end_of_a_run_or_from_its_start(tmp_path: Path) -> None:
     run = begin(sft(tmp_path, "one"), tokenizer_hash=OTHER)
     assert encoding_of(run.path) == Encoding(OTHER, C)

@@ -85,6 +85,7 @@ class GRPOConfig(MethodConfig):
                 if self.truncated == "penalize"
                 else "applies to truncated: penalize only; remove it",
             )
+        yield from self.kl.problems_with(self.completions_per_step)
 
     @property
     def completions_per_step(self) -> int:

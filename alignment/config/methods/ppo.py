@@ -139,6 +139,7 @@ class PPOConfig(MethodConfig):
                 ("critic", "warmup_steps"),
                 f"the run has {self.steps} steps, so the policy would never move; use fewer",
             )
+        yield from self.kl.problems_with(self.completions_per_step)
 
     @property
     def completions_per_step(self) -> int:

@@ -58,6 +58,7 @@ class RAFTConfig(MethodConfig):
                 ("kl", "placement"),
                 "raft ranks completions by their rewards alone; use placement: loss",
             )
+        yield from self.kl.problems_with(self.completions_per_step)
 
     @property
     def completions_per_step(self) -> int:

@@ -71,6 +71,11 @@ class PolicyLossConfig(Section):
             )
 
 
+# A step of n completions moves the KL coefficient by 1 + error n / horizon, and errors are clipped
+# at -0.2 (`losses.kl.AdaptiveKLController`).
+_MOST_PER_HORIZON = 5
+
+
 class KLConfig(Section):
     """Pull towards the reference policy."""
 
@@ -89,7 +94,8 @@ class KLConfig(Section):
     target: Positive | None = None
     """KL per sequence, in nats, that the adaptive controller steers to."""
     horizon: Positive | None = None
-    """Samples over which the adaptive controller reacts."""
+    """Completions over which the adaptive controller reacts: one step of n of them moves `coef` by
+    at most its share 0.2 n / horizon. More than a fifth of a step's completions."""
 
     @model_validator(mode="after")
     def _options_apply(self) -> KLConfig:
@@ -117,6 +123,18 @@ class KLConfig(Section):
                 yield problem((name,), "applies to controller: adaptive only; remove it")
         if self.controller == "adaptive" and self.coef == 0.0:
             yield problem(("coef",), "controller: adaptive scales coef; start it above 0")
+
+    def problems_with(self, completions_per_step: int) -> Iterator[InitErrorDetails]:
+        """What does not fit the method's steps, by its place in the method's section."""
+        if self.horizon is not None and completions_per_step >= _MOST_PER_HORIZON * self.horizon:
+            yield problem(
+                ("kl", "horizon"),
+                f"counts completions, and {self.horizon:g} of them are too few for steps of "
+                f"{completions_per_step}: one step below the target would take coef to 0 or below, "
+                f"where the penalty is a bonus. Give more than "
+                f"{completions_per_step / _MOST_PER_HORIZON:g}; {20 * completions_per_step} moves "
+                "coef by 1 % a step at most",
+            )
 
 
 class OverlongConfig(Section):
