@@ -7,15 +7,8 @@ from typing import Any
 
 from alignment.data.control import Tokenizer
 from alignment.data.encode import RowEncoder
-from alignment.data.formats import (
-    Turns,
-    detect,
-    has_content,
-    is_blank_question,
-    labelled_of,
-    preference_of,
-)
-from alignment.data.pairs import unusable
+from alignment.data.formats import detect, has_content, is_blank_question, labelled_of
+from alignment.data.pairs import Side, fitted, sides_of
 from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
 from alignment.data.report import BLANK_PROMPT, NOTHING_TO_TRAIN_ON, DataReport, Tally, TooLong
@@ -37,7 +30,8 @@ def build_labelled(
 
     A labelled row gives one sample. A preference row gives two, its chosen side as desirable and
     its rejected side as undesirable; the report counts it twice, once for each side, and drops
-    both where the two could not be compared (`alignment.data.pairs.unusable`).
+    both where the two could not be compared (`alignment.data.pairs.sides_of`). Where only one of
+    them is too long, the other is used alone.
 
     Args:
         rows: see `alignment.data.formats`.
@@ -66,28 +60,24 @@ def build_labelled(
     samples = []
     for index, row in enumerate(rows):
         where = places.name(index)
-        for prompt, completion, desirable, reason in _judged(row, encoder.chat, where):
-            if reason:
-                tally.drop(index, reason)
+        for side, desirable in _judged(encoder, row, where):
+            if side.sample is None:
+                tally.drop(index, side.reason)
                 continue
-            whole = encoder.encode(prompt, completion, where=where)
-            sample, reason = encoder.fit(whole, where)
-            if sample is None:
-                tally.drop(index, reason)
-                continue
-            tally.keep(index, truncated=sample is not whole)
-            samples.append(LabelledSample(sample, desirable))
+            tally.keep(index, truncated=side.truncated)
+            samples.append(LabelledSample(side.sample, desirable))
     return samples, tally.report()
 
 
-def _judged(row: Mapping[str, Any], chat: bool, where: str) -> list[tuple[Turns, Turns, bool, str]]:
-    """(prompt, completion, desirable, why it cannot be used) for each completion of a row."""
+def _judged(encoder: RowEncoder, row: Mapping[str, Any], where: str) -> list[tuple[Side, bool]]:
+    """(answer, whether it is desirable) for each answer of a row."""
     if detect(row, where=where) == "preference":
-        prompt, chosen, rejected = preference_of(row, chat=chat, where=where)
-        reason = unusable(prompt, chosen, rejected)
-        return [(prompt, chosen, True, reason), (prompt, rejected, False, reason)]
-    prompt, completion, desirable = labelled_of(row, chat=chat, where=where)
-    reason = "" if has_content(completion) else NOTHING_TO_TRAIN_ON
+        chosen, rejected = sides_of(encoder, row, where)
+        return [(chosen, True), (rejected, False)]
+    prompt, completion, desirable = labelled_of(row, chat=encoder.chat, where=where)
     if is_blank_question(prompt):
-        reason = BLANK_PROMPT
-    return [(prompt, completion, desirable, reason)]
+        return [(Side(None, BLANK_PROMPT), desirable)]
+    if not has_content(completion):
+        return [(Side(None, NOTHING_TO_TRAIN_ON), desirable)]
+    whole = encoder.encode(prompt, completion, where=where)
+    return [(fitted(encoder, whole, where), desirable)]

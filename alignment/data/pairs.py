@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.control import Tokenizer
@@ -73,21 +74,70 @@ def build_pairs(
     for index, row in enumerate(rows):
         where = places.name(index)
         margins.append(margin_of(row, where=where))
-        sides = preference_of(row, chat=encoder.chat, where=where)
-        pair = unusable(*sides) or _encode(encoder, *sides, where)
-        if isinstance(pair, str):
-            tally.drop(index, pair)
+        better, worse = sides_of(encoder, row, where)
+        if better.sample is None or worse.sample is None:
+            tally.drop(index, better.reason or worse.reason)
             continue
-        better, worse, truncated = pair
-        tally.keep(index, truncated=truncated)
-        chosen.append(better)
-        rejected.append(worse)
+        tally.keep(index, truncated=better.truncated or worse.truncated)
+        chosen.append(better.sample)
+        rejected.append(worse.sample)
     report = tally.report()
     kept_margins = _all_or_none(margins, report)
     return PairBatch(tuple(chosen), tuple(rejected), kept_margins), report
 
 
-def unusable(prompt: Turns, chosen: Turns, rejected: Turns) -> str:
+@dataclass(frozen=True, slots=True)
+class Side:
+    """An answer to a prompt, brought within the token limit.
+
+    sample:    None where it cannot be used.
+    reason:    why it cannot.
+    truncated: whether it was cut.
+    """
+
+    sample: Sample | None
+    reason: str = ""
+    truncated: bool = False
+
+
+def fitted(encoder: RowEncoder, whole: Sample, where: str) -> Side:
+    """A sample of whatever length within the encoder's limit.
+
+    Raises:
+        UserInputError: it is over the limit, under `error`.
+    """
+    sample, reason = encoder.fit(whole, where)
+    return Side(sample, reason, sample is not None and sample is not whole)
+
+
+def sides_of(encoder: RowEncoder, row: Mapping[str, Any], where: str) -> tuple[Side, Side]:
+    """(chosen, rejected) of a preference row, each within the limit.
+
+    Where the two cannot be compared, as text, as tokens or once they are cut, neither can be used,
+    for one reason. One alone may be unusable for the limit's sake.
+
+    Raises:
+        UserInputError: the row is malformed, or a side is over the limit, under `error`.
+    """
+    prompt, *answers = preference_of(row, chat=encoder.chat, where=where)
+    reason = _unusable(prompt, *answers)
+    if reason:
+        return _neither(reason)
+    better, worse = (encoder.encode(prompt, answer, where=where) for answer in answers)
+    if better.prompt_ids != worse.prompt_ids:
+        return _neither(NOT_THE_PROMPT)
+    if better.completion_ids == worse.completion_ids:
+        return _neither(SAME_SIDES)  # what told them apart is nothing that the template renders
+    sides = fitted(encoder, better, where), fitted(encoder, worse, where)
+    left = [side.sample.completion_ids for side in sides if side.sample is not None]
+    return _neither(SAME_ONCE_CUT) if len(left) == 2 and left[0] == left[1] else sides
+
+
+def _neither(reason: str) -> tuple[Side, Side]:
+    return Side(None, reason), Side(None, reason)
+
+
+def _unusable(prompt: Turns, chosen: Turns, rejected: Turns) -> str:
     """Why two answers to a prompt cannot be compared, or "" if they can."""
     if prompt == []:
         return NO_COMMON_PROMPT
@@ -108,23 +158,6 @@ def _begins_anew(prompt: Turns, side: Turns) -> bool:
         return False
     first, last = side[0]["role"], prompt[-1]["role"]
     return bool(first == "system" or (first == "user" and last == "user"))
-
-
-def _encode(
-    encoder: RowEncoder, prompt: Turns, chosen: Turns, rejected: Turns, where: str
-) -> tuple[Sample, Sample, bool] | str:
-    """Both sides within the limit, and whether one was cut; or why the pair is dropped."""
-    wholes = [encoder.encode(prompt, side, where=where) for side in (chosen, rejected)]
-    if wholes[0].prompt_ids != wholes[1].prompt_ids:
-        return NOT_THE_PROMPT
-    if wholes[0].completion_ids == wholes[1].completion_ids:
-        return SAME_SIDES  # what told them apart is nothing that the template renders
-    (better, reason), (worse, other_reason) = [encoder.fit(whole, where) for whole in wholes]
-    if better is None or worse is None:
-        return reason or other_reason
-    if better.completion_ids == worse.completion_ids:
-        return SAME_ONCE_CUT
-    return better, worse, better is not wholes[0] or worse is not wholes[1]
 
 
 def _all_or_none(margins: Sequence[float | None], report: DataReport) -> tuple[float, ...]:

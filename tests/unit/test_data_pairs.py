@@ -211,3 +211,16 @@ def test_preferences_are_labelled_too() -> None:
     ]
     assert [one.desirable for one in samples] == [True, False, False]
     assert report == DataReport((0, 0, 2), {SAME_SIDES: (1, 1), TOO_LONG: (2,)})
+
+
+def test_preferences_are_labelled_only_where_they_are_pairs() -> None:
+    """What makes no pair is neither good nor bad: the same tokens would be called both."""
+    cut = {"prompt": "hi", "chosen": "same end", "rejected": "same start"}
+    samples, report = build_labelled([GOOD, cut], bytes_only(), max_tokens=len(PROMPT) + 4)
+    assert [one.sample.completion_ids for one in samples] == [(*raw("yes"), END), (*raw("no"), END)]
+    assert report == DataReport((0, 0), {SAME_ONCE_CUT: (1, 1)})
+    trimming = bytes_only(CHATML.replace("message['content']", "message['content'] | trim"))
+    spaced = {"prompt": "hi", "chosen": "a", "rejected": "a "}
+    samples, report = build_labelled([spaced, GOOD], trimming)
+    assert [one.desirable for one in samples] == [True, False]
+    assert report == DataReport((1, 1), {SAME_SIDES: (0, 0)})
