@@ -6,9 +6,10 @@ a model on disk alike. A task asks for what it needs and says so where that is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from alignment.config.methods.base import DataForm
 from alignment.types import (
     Completion,
     PairBatch,
@@ -17,6 +18,7 @@ from alignment.types import (
     Sample,
     SamplingParams,
     SteppedSample,
+    UserInputError,
 )
 from evals.results import EvalResult
 
@@ -58,6 +60,8 @@ class TaskContext(Protocol):
     steps:    held-out completions with labelled steps; may be empty.
     step_scores: per sample one logit for each labelled step, sigmoid(logit) being the probability
               that the step is good. None where the model scores no steps.
+    why_not:  for a form of data that the held-out rows cannot be brought into (pairs, say), what is
+              wrong with them.
     """
 
     @property
@@ -98,8 +102,17 @@ class TaskContext(Protocol):
     @property
     def step_scores(self) -> Callable[[Sequence[SteppedSample]], list[list[float]]] | None: ...
 
+    @property
+    def why_not(self) -> Mapping[DataForm, str]: ...
+
 
 class Task(Protocol):
     """An evaluation: a context in, a result out; the model is left as it was."""
 
     def run(self, context: TaskContext) -> EvalResult: ...
+
+
+def nothing_held_out(context: TaskContext, form: DataForm, message: str) -> UserInputError:
+    """`message`, that a task's data is not there, with what is wrong with the held-out rows."""
+    why = context.why_not.get(form)
+    return UserInputError(message if why is None else f"{message}. Of the held-out rows: {why}")

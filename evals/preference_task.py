@@ -19,7 +19,7 @@ from evals.calibration import (
     preference_probabilities,
     reliability_bins,
 )
-from evals.context import TaskContext
+from evals.context import TaskContext, nothing_held_out
 from evals.results import EvalRecord, EvalResult
 from evals.statistics import (
     Estimate,
@@ -77,9 +77,11 @@ class PreferenceTask:
     def _pairs(self, context: TaskContext) -> PairBatch:
         pairs = context.pairs
         if pairs is None or len(pairs) == 0:
-            raise UserInputError(
+            raise nothing_held_out(
+                context,
+                "pairs",
                 f"task '{TASK}' has no held-out preference pairs; give the run's data pairs and a "
-                "held-out part"
+                "held-out part",
             )
         n = self.pairs
         return PairBatch(pairs.chosen[:n], pairs.rejected[:n], pairs.margins[:n])

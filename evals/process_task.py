@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy import special
 
 from alignment.types import AlignmentError, Outcome, SteppedSample, UserInputError
-from evals.context import TaskContext
+from evals.context import TaskContext, nothing_held_out
 from evals.results import EvalRecord, EvalResult
 from evals.statistics import Estimate, average_ranks, clustered_proportion
 from evals.summary import Intervals, Metrics
@@ -47,9 +47,11 @@ without a bad step |
         """
         samples = [one for one in context.steps if one.labels][: self.samples]
         if not samples:
-            raise UserInputError(
+            raise nothing_held_out(
+                context,
+                "steps",
                 f"task '{TASK}' has no held-out samples with labelled steps; give the run's data "
-                "steps and a held-out part"
+                "steps and a held-out part",
             )
         if context.step_scores is None:
             raise UserInputError(

@@ -17,7 +17,7 @@ from alignment.types import (
     UserInputError,
 )
 from evals.best_of import best_of_kl_bound, best_of_mean
-from evals.context import TaskContext
+from evals.context import TaskContext, nothing_held_out
 from evals.results import EvalRecord, EvalResult
 from evals.sampled import graded_record, sample_and_grade
 from evals.statistics import Estimate, FloatArray, mean_estimate
@@ -72,8 +72,10 @@ them; mean over prompts. Falls with `samples` |
         """
         prompts = list(context.prompts)[: self.prompts]
         if not prompts:
-            raise UserInputError(
-                f"task '{TASK}' has no held-out prompts; give the run's data a held-out part"
+            raise nothing_held_out(
+                context,
+                "prompts",
+                f"task '{TASK}' has no held-out prompts; give the run's data a held-out part",
             )
         if context.reference_score is None:
             raise UserInputError(

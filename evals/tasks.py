@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from alignment.types import Outcome, Sample, SamplingParams, UserInputError
-from evals.context import Task, TaskContext, TokenScores
+from evals.context import Task, TaskContext, TokenScores, nothing_held_out
 from evals.results import EvalRecord, EvalResult
 from evals.sampled import graded_record, sample_and_grade
 from evals.statistics import ratio_estimate
@@ -46,8 +46,10 @@ class VerifiableTask:
         """
         prompts = list(context.prompts)[: self.prompts]
         if not prompts:
-            raise UserInputError(
-                "task 'verifiable' has no held-out prompts; give the run's data a held-out part"
+            raise nothing_held_out(
+                context,
+                "prompts",
+                "task 'verifiable' has no held-out prompts; give the run's data a held-out part",
             )
         params = self.sampling(context)
         records = tuple(graded_record(item) for item in sample_and_grade(context, prompts, params))
@@ -122,9 +124,11 @@ class HeldOutLossTask:
         """
         samples = list(context.samples)[: self.limit]
         if not any(sample.n_loss_tokens for sample in samples):
-            raise UserInputError(
+            raise nothing_held_out(
+                context,
+                "samples",
                 "task 'held_out_loss' has no held-out samples with completion tokens to predict; "
-                "give the run's data a held-out part"
+                "give the run's data a held-out part",
             )
         scores = context.score(samples)
         rows = [

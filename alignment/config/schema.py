@@ -252,7 +252,8 @@ class LimitsConfig(Section):
     nonfinite_steps: PositiveCount = 3
     """Updates in a row that may be skipped for a loss or gradient that is not finite."""
     dropped_rows: Fraction = 0.5
-    """Share of the data's rows that may be unusable (too long, empty, both sides the same)."""
+    """Share of the training rows, and of the held-out rows, that may be unusable (too long, empty,
+    both sides the same)."""
     logprob_gap: Positive = 0.5
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probability."""
     idle_steps: PositiveCount = 5

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from alignment.config.methods.base import DataForm
 from alignment.config.schema import Recipe
 from alignment.data.order import DataOrder
 from alignment.distributed import Distributed
@@ -65,13 +66,17 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedData:
-    """Rows in the forms that methods and tasks take; a form that the rows do not have is empty."""
+    """Rows in the forms that methods and tasks take; a form that the rows do not have is empty.
+
+    why_not: for such a form, what is wrong with the rows.
+    """
 
     prompts: Sequence[Prompt] = ()
     samples: Sequence[Sample] = ()
     pairs: PairBatch = field(default_factory=lambda: PairBatch((), ()))
     labelled: Sequence[LabelledSample] = ()
     steps: Sequence[SteppedSample] = ()
+    why_not: Mapping[DataForm, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from alignment.activity import doing
+from alignment.config.methods.base import DataForm
 from alignment.config.model import ReferenceConfig
 from alignment.config.options import resolve, validate_options
 from alignment.config.schema import Recipe, TaskConfig
@@ -63,6 +64,7 @@ class EvalContext:
     pair_scores: Callable[[PairBatch], tuple[list[float], list[float]]] | None
     steps: Sequence[SteppedSample]
     step_scores: Callable[[Sequence[SteppedSample]], list[list[float]]] | None
+    why_not: Mapping[DataForm, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,7 @@ def eval_context(context: TrainingContext) -> EvalContext:
         seed=recipe.run.seed,
         pairs=held_out.pairs if len(held_out.pairs) else None,
         steps=held_out.steps,
+        why_not=held_out.why_not,
         **scoring,
     )
 

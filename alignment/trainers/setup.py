@@ -114,7 +114,8 @@ def load_parts(recipe: Recipe) -> Loaded:
         generation_config=getattr(model, "generation_config", None),
     )
     with doing("loading", "the data, into tokens"):
-        train, held_out = forms.training(train_rows, warnings), forms.held_out(held_out_rows)
+        train = forms.training(train_rows, warnings)
+        held_out = forms.held_out(held_out_rows, warnings)
     with doing("loading", "hashes of all of it"):
         fingerprints = Fingerprints(
             model=model_hash(model),

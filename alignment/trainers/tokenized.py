@@ -55,28 +55,41 @@ class TokenizedForms:
             stop_ids = stop_token_ids(self.tokenizer, self.generation_config)
             check_stop_token_trained(self.tokenizer, stop_ids)
         built, report = self._build(form, data)
-        if report.n_dropped or report.truncated:
-            warnings.append(f"training data: {report.summary()}")
-        check_dropped(report, self.recipe.limits.dropped_rows, "training data")
+        self._check(report, "training data", warnings)
         return TokenizedData(**{form: built})
 
-    def held_out(self, data: PlacedRows) -> TokenizedData:
+    def held_out(self, data: PlacedRows, warnings: list[str]) -> TokenizedData:
         """The rows in every form that they have the columns for.
 
         The method's own form must be among them; the others serve evaluation alone, so that any
-        task runs on any run whose data has what it needs.
+        task runs on any run whose data has what it needs. What is dropped of the method's own form
+        is a warning; why another cannot be made is kept for the task that asks for it.
+
+        Raises:
+            UserInputError: no row can be used in the method's own form, or fewer than
+                `limits.dropped_rows` allows; or a row is malformed.
         """
+        if not data.rows:
+            return TokenizedData()
         own = needs_of(self.recipe.algorithm).data
         forms: dict[str, Any] = {}
+        why_not: dict[DataForm, str] = {}
         for form in _BUILDERS:
-            if not data.rows:
-                break
             try:
-                forms[form], _ = self._build(form, data)
-            except UserInputError:
+                forms[form], report = self._build(form, data)
+            except UserInputError as error:
                 if form == own:
                     raise
-        return TokenizedData(**forms)
+                why_not[form] = str(error)
+                continue
+            if form == own:
+                self._check(report, "held-out data", warnings)
+        return TokenizedData(**forms, why_not=why_not)
+
+    def _check(self, report: DataReport, what: str, warnings: list[str]) -> None:
+        if report.n_dropped or report.truncated:
+            warnings.append(f"{what}: {report.summary()}")
+        check_dropped(report, self.recipe.limits.dropped_rows, what)
 
     def _build(self, form: DataForm, data: PlacedRows) -> tuple[Any, DataReport]:
         options = self._options(form)

@@ -6,14 +6,15 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from alignment.config.methods.base import DataForm
 from alignment.types import (
     Completion,
     Outcome,
@@ -66,6 +67,7 @@ class Policy:
     steps: Sequence[SteppedSample] = ()
     pair_scores: Callable[[PairBatch], tuple[list[float], list[float]]] | None = None
     step_scores: None = None
+    why_not: Mapping[DataForm, str] = field(default_factory=dict)
 
     @property
     def engine(self) -> Policy:

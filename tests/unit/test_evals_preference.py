@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from alignment.config.methods.base import DataForm
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -217,6 +218,7 @@ class Context:
     pair_scores: Callable[[PairBatch], tuple[list[float], list[float]]] | None = None
     steps: Sequence[SteppedSample] = ()
     step_scores: Callable[[Sequence[SteppedSample]], list[list[float]]] | None = None
+    why_not: Mapping[DataForm, str] = field(default_factory=dict)
     tokens: Sequence[tuple[int, ...]] = ((4, 5, 4, 5),)
     params: SamplingParams | None = None
 
@@ -323,6 +325,8 @@ def test_what_a_preference_evaluation_lacks_is_named() -> None:
         preference().run(Context(pair_scores=scored))
     with pytest.raises(UserInputError, match="no held-out preference pairs"):
         preference().run(Context(pairs=PairBatch((), ()), pair_scores=scored))
+    with pytest.raises(UserInputError, match=r"no held-out preference pairs.*row 2 has no margin"):
+        preference().run(Context(why_not={"pairs": "row 2 has no margin", "steps": "others"}))
     with pytest.raises(UserInputError, match="a model that scores pairs"):
         preference().run(Context(pairs=PAIRS))
     with pytest.raises(UserInputError, match="pairs is 0"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from alignment.config.methods.base import DataForm
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -180,6 +181,7 @@ class Context:
     sampling: SamplingParams = SAMPLING
     seed: int = 5
     score: Callable[[Sequence[Sample]], TokenScores] = no_scores
+    why_not: Mapping[DataForm, str] = field(default_factory=dict)
 
 
 def test_verifiable_samples_with_the_evaluations_own_counters() -> None:
