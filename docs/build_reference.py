@@ -7,6 +7,7 @@ python docs/build_reference.py --check   fail if the committed file is not what 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import typing
@@ -161,7 +162,9 @@ def _shown(value: Any) -> str:
         return f"`[{', '.join(map(str, value))}]`"
     if isinstance(value, dict):
         return "`{}`"
-    return f"`{value}`" if value != "" else '`""`'
+    if isinstance(value, str) and (not value or value != value.strip()):
+        return f"`{json.dumps(value)}`"
+    return f"`{value}`"
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

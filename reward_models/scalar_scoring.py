@@ -12,6 +12,9 @@ from typing import Any, Literal
 from alignment.data.chat import stop_token_ids
 from alignment.data.encode import RowEncoder
 from alignment.data.formats import Turns, prompt_of
+from alignment.data.prompts import Style
+from alignment.data.steps import text_step_ends
+from alignment.data.text_form import FixedStyle, TextForm, read_text_form
 from alignment.distributed import Distributed
 from alignment.modeling.catalog import resolve
 from alignment.modeling.heads import ScalarModel
@@ -66,22 +69,28 @@ def load_reward_model(
     dtype: str,
     micro_batch_tokens: int,
     normalize: bool | Literal["auto"],
+    policy_style: FixedStyle | None,
     on_mismatch: Literal["refuse", "retokenize"],
+    style: Style,
     system: str | None,
 ) -> Scorer:
     """What the reward `reward_model` scores with; arguments as there.
+
+    Args:
+        policy_style: how the policy's own rows become tokens; None is not known.
 
     Raises:
         UserInputError: the model cannot be loaded, reads other tokens than the policy writes, or
             has no normalization where one is asked for.
     """
     mean, std = _normalization(path, normalize)
+    reads = _reads(read_text_form(Path(resolve(path))), style, system)
     model, tokenizer = _load(path, dtype)
 
     def read(samples: Sequence[Sample]) -> list[float]:
         return [(score - mean) / std for score in model.scores(samples, micro_batch_tokens)]
 
-    show = _show(path, tokenizer, policy_tokenizer, on_mismatch, system)
+    show = _show(path, tokenizer, policy_tokenizer, reads, policy_style, on_mismatch)
     return Scorer(show, read, _context(model))
 
 
@@ -91,37 +100,44 @@ def load_process_reward_model(
     path: str,
     dtype: str,
     micro_batch_tokens: int,
-    separator: str,
+    separator: str | None,
     aggregate: str,
+    policy_style: FixedStyle | None,
     on_mismatch: Literal["refuse", "retokenize"],
+    style: Style,
     system: str | None,
 ) -> Scorer:
     """What the reward `process_reward_model` scores with; arguments as there.
 
+    Args:
+        policy_style: how the policy's own rows become tokens; None is not known.
+
     Raises:
         UserInputError: the model cannot be loaded, or reads other tokens than the policy writes.
     """
+    recorded = read_text_form(Path(resolve(path)))
+    reads = _reads(recorded, style, system)
+    step_separator = separator or (recorded and recorded.separator) or "\n"
     model, tokenizer = _load(path, dtype)
 
     def read(samples: Sequence[Sample]) -> list[float]:
         rows = model.values(samples, micro_batch_tokens, reads="after")
         found = []
         for sample, row in zip(samples, rows, strict=True):
-            ends = step_ends(tokenizer, sample.completion_ids, separator)
+            ends = step_ends(tokenizer, sample.completion_ids, step_separator)
             found.append(_AGGREGATES[aggregate](row[ends].sigmoid().tolist()))
         return found
 
-    show = _show(path, tokenizer, policy_tokenizer, on_mismatch, system)
+    show = _show(path, tokenizer, policy_tokenizer, reads, policy_style, on_mismatch)
     return Scorer(show, read, _context(model))
 
 
 def step_ends(tokenizer: Any, token_ids: Sequence[int], separator: str) -> list[int]:
     """The token of a completion that holds the last character of each of its steps.
 
-    Steps are what stands between separators and is not blank. A completion without any has one
-    step, which ends in its last token.
+    A completion without any (`alignment.data.steps.text_step_ends`) has one step, which ends in its
+    last token.
     """
-
     text = _decode(tokenizer, token_ids)
 
     def spells(n_tokens: int, n_characters: int) -> bool:
@@ -129,16 +145,12 @@ def step_ends(tokenizer: Any, token_ids: Sequence[int], separator: str) -> list[
         return _decode(tokenizer, token_ids[:n_tokens]).startswith(text[:n_characters])
 
     ends: list[int] = []
-    start = 0
-    for step in text.split(separator):
-        if step.strip():
-            n_characters = start + len(step.rstrip())
-            low, high = 1, len(token_ids)  # the fewest tokens that spell so many characters
-            while low < high:
-                middle = (low + high) // 2
-                low, high = (low, middle) if spells(middle, n_characters) else (middle + 1, high)
-            ends.append(low - 1)
-        start += len(step) + len(separator)
+    for n_characters in text_step_ends(text, separator):
+        low, high = 1, len(token_ids)  # the fewest tokens that spell so many characters
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if spells(middle, n_characters) else (middle + 1, high)
+        ends.append(low - 1)
     return list(dict.fromkeys(ends)) or [len(token_ids) - 1]
 
 
@@ -188,29 +200,40 @@ def _normalization(path: str, normalize: bool | Literal["auto"]) -> tuple[float,
     return mean, std
 
 
+def _reads(recorded: TextForm | None, style: Style, system: str | None) -> tuple[Style, str | None]:
+    """(style, system message) of what the model reads: as asked for, or else as recorded."""
+    if recorded is None or style not in ("auto", recorded.style):
+        return style, system
+    return recorded.style, recorded.system if system is None else system
+
+
 def _show(
     path: str,
     tokenizer: Any,
     policy_tokenizer: Any,
+    reads: tuple[Style, str | None],
+    policy_style: FixedStyle | None,
     on_mismatch: Literal["refuse", "retokenize"],
-    system: str | None,
 ) -> Show:
     """How items become what the model sees.
 
     Raises:
         UserInputError: the policy's tokens or conversations are not the model's, under `refuse`.
     """
+    style, system = reads
     differing = _differences(policy_tokenizer, tokenizer)
+    if policy_style is not None and style not in ("auto", policy_style):
+        differing.append(f"another data.style ({style}, the policy's is {policy_style})")
     if not differing:
         return _sampled
     if on_mismatch == "refuse":
         raise UserInputError(
             f"the reward model {path} has {' and '.join(differing)}, so the policy's tokens would "
             "mean something else to it. Train both from the same base model with the same "
-            "model.chat_template, or set on_mismatch: retokenize for this reward, which scores the "
-            "text of a completion in place of its tokens"
+            "model.chat_template and data.style, or set on_mismatch: retokenize for this reward, "
+            "which scores the text of a completion in place of its tokens"
         )
-    return _Retokenizer(tokenizer, system)
+    return _Retokenizer(tokenizer, system, style)
 
 
 def _differences(policy: Any, own: Any) -> list[str]:
@@ -232,13 +255,13 @@ def _sampled(item: Item) -> Sample:
 class _Retokenizer:
     """Renders a row's prompt and a completion's text as the model's own tokenizer has them."""
 
-    def __init__(self, tokenizer: Any, system: str | None) -> None:
+    def __init__(self, tokenizer: Any, system: str | None, style: Style = "auto") -> None:
         self._encoder = RowEncoder(
             tokenizer,
             max_tokens=None,
             too_long="error",
             system=system,
-            style="auto",
+            style=style,
             template_options=None,
         )
         self._ends = stop_token_ids(tokenizer)

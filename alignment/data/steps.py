@@ -17,6 +17,7 @@ from alignment.types import Sample, SteppedSample, UserInputError
 
 BLANK_STEP = "a step is blank"
 NO_WHOLE_STEP = "no step ends within the limit"
+SEPARATOR_IN_STEP = "a step holds the separator; choose one that none holds"
 SHARED_TOKEN = "two steps end in the same token"
 UNKNOWN_ENDS = "the tokens that end its steps cannot be told"
 
@@ -37,7 +38,9 @@ def build_steps(
 
     The steps are joined with `separator` and tokenized as one text, as an answer is that a policy
     writes. A step's last token is the one that holds its last character that is not white space;
-    it may hold the start of the separator as well.
+    it may hold the start of the separator as well. Whoever reads the answer finds its steps by the
+    separator (`text_step_ends`), so that a row is dropped whose steps would be found elsewhere,
+    because one of them holds the separator.
 
     Args:
         rows: see `alignment.data.formats`.
@@ -52,9 +55,11 @@ def build_steps(
         places: where the rows stand in their source, for messages.
 
     Raises:
-        UserInputError: a tokenizer that does not say where its tokens stand in the text, a
-            malformed row (named), a row over the limit under `error`, or no row left.
+        UserInputError: an empty separator, a tokenizer that does not say where its tokens stand in
+            the text, a malformed row (named), a row over the limit under `error`, or no row left.
     """
+    if not separator:
+        raise UserInputError("the separator is empty; give what stands between two steps")
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserInputError(
             "steps can only be marked with the fast version of a tokenizer (tokenizer.json), "
@@ -86,6 +91,19 @@ def build_steps(
     return samples, tally.report()
 
 
+def text_step_ends(text: str, separator: str) -> list[int]:
+    """For each step that a text is read as having, how many characters come up to its end.
+
+    Steps are what stands between separators and is not blank, without white space at its end.
+    """
+    ends, start = [], 0
+    for step in text.split(separator):
+        if step.strip():
+            ends.append(start + len(step.rstrip()))
+        start += len(step) + len(separator)
+    return ends
+
+
 def _marked(
     encoder: RowEncoder,
     tokenizer: Any,
@@ -100,10 +118,13 @@ def _marked(
     if is_blank_question(prompt):
         return BLANK_PROMPT
     text = separator.join(steps)
+    last_characters = _last_characters(steps, separator)
+    if text_step_ends(text, separator) != [at + 1 for at in last_characters]:
+        return SEPARATOR_IN_STEP
     answer: Turns = [{"role": "assistant", "content": text}] if encoder.chat else text
     sample = encoder.encode(prompt, answer, where=where)
     starts = _token_starts(tokenizer, sample, text, encoder.texts(prompt, answer, where))
-    ends = [bisect_right(starts, at) - 1 for at in _last_characters(steps, separator)]
+    ends = [bisect_right(starts, at) - 1 for at in last_characters]
     if min(ends) < 0:
         return UNKNOWN_ENDS
     if any(one == other for one, other in pairwise(ends)):

@@ -87,8 +87,13 @@ class CompositeReward:
         rows = zip(*columns, strict=True)
         return [self._combine(item, row) for item, row in zip(items, rows, strict=True)]
 
-    def bind(self, tokenizer: Any) -> None:
+    def bind(self, tokenizer: Any, policy_style: str | None = None) -> None:
         """Tell the parts that ask for it (method `bind`) how the policy's tokens read.
+
+        Args:
+            tokenizer: the policy's.
+            policy_style: `chat` where its rows are rendered with the chat template, `plain` where
+                they are not; None is not known. A part is told whose `bind` names it.
 
         Raises:
             UserInputError: a part cannot score what this tokenizer's policy writes.
@@ -96,7 +101,10 @@ class CompositeReward:
         for part in self.parts:
             bind = getattr(part.reward, "bind", None)
             if callable(bind):
-                bind(tokenizer)
+                if "policy_style" in inspect.signature(bind).parameters:
+                    bind(tokenizer, policy_style=policy_style)
+                else:
+                    bind(tokenizer)
 
     def close(self) -> None:
         """Let go of what the parts hold, such as worker processes."""

@@ -31,7 +31,8 @@ class Reward(Protocol):
 
     Rewards that tell right from wrong set the attribute `is_verifier = True`; those that hold
     processes or files have a method `close()`; those that read token ids have a method
-    `bind(tokenizer)`, called once with the policy's tokenizer. None of them is required.
+    `bind(tokenizer)`, called once with the policy's tokenizer, and with `policy_style` where it
+    names that: "chat" or "plain", as the policy's rows are rendered. None of them is required.
 
     A reward that keeps something from one batch to the next (a running mean) has `state_dict()` and
     `load_state_dict(state)`, as torch's modules do: its state is then part of every checkpoint, and

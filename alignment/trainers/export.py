@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.methods.base import needs_of
+from alignment.data.text_form import TEXT_FORM
 from alignment.modeling.cast import cast_parameters
 from alignment.modeling.catalog import resolve
 from alignment.modeling.classifier_adapter import is_classifier_adapter
@@ -91,7 +92,7 @@ def _model(named: NamedModel, folder: Path, dtype: str | None) -> str:
     if _has_scalar_head(named, config):
         scalar = load_scalar_model(source, dtype=dtype, trust_remote_code=code)
         save_scalar_model(scalar, tokenizer, folder)
-        _copy_normalization(named, folder)
+        _copy_side_files(named, folder)
         again = load_scalar_model(folder, dtype=dtype, trust_remote_code=code)
         _check_equal(_score(scalar), _score(again))
         return f"the model with its scalar head, in {dtype}"
@@ -119,7 +120,7 @@ def _adapter(named: NamedModel, folder: Path) -> str:
     shutil.copytree(source, folder, dirs_exist_ok=True)
     load_tokenizer(named.path, trust_remote_code=code).save_pretrained(folder)
     if is_classifier_adapter(source):
-        _copy_normalization(named, folder)
+        _copy_side_files(named, folder)
         scored = [load_scalar_model(path, trust_remote_code=code) for path in (source, folder)]
         _check_equal(*map(_score, scored))
         return f"the adapter and the scalar head, of the base model {base_name(source)}"
@@ -128,11 +129,12 @@ def _adapter(named: NamedModel, folder: Path) -> str:
     return f"the adapter of the base model {base_name(source)}"
 
 
-def _copy_normalization(named: NamedModel, folder: Path) -> None:
-    """The scale of a reward model's scores goes where it goes."""
-    normalization = Path(resolve(named.path)) / SCORE_NORMALIZATION
-    if normalization.is_file():
-        shutil.copy(normalization, folder)
+def _copy_side_files(named: NamedModel, folder: Path) -> None:
+    """What a reward model reads, and the scale of its scores, go where it goes."""
+    for name in (TEXT_FORM, SCORE_NORMALIZATION):
+        beside = Path(resolve(named.path)) / name
+        if beside.is_file():
+            shutil.copy(beside, folder)
 
 
 def _remote_code(named: NamedModel) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignment.config.methods.reward_model import ProcessRewardModelConfig
+from alignment.data.text_form import TEXT_FORM, TextForm, fixed_style
 from alignment.losses import process_reward_loss, reduce_loss
 from alignment.modeling.scorer import Values
+from alignment.runs.files import write_atomic
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
 from alignment.trainers.update import Updater, record
@@ -29,7 +32,11 @@ class ProcessRewardTrainer:
                 "data: there is no labelled step to learn from; a process reward model needs rows "
                 "with 'prompt', 'completions' (the steps) and 'labels'"
             )
+        data = context.recipe.data
         self.config = config
+        self.text_form = TextForm(
+            fixed_style(data.style, context.tokenizer), data.system, config.separator
+        )
         self.answers = context.train.steps
         self.order = context.order
         self.distributed = context.distributed
@@ -54,6 +61,10 @@ class ProcessRewardTrainer:
         if self.distributed.is_main:
             metrics.add("data/epoch", self.order.epoch)
         return StepResult(metrics)
+
+    def extra_files(self, folder: Path) -> None:
+        """Write what belongs beside the saved model: what it reads."""
+        write_atomic(folder / TEXT_FORM, self.text_form.to_json())
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order.state_dict(), "update": self.update.state_dict()}

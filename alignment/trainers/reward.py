@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.methods.reward_model import RewardModelConfig
+from alignment.data.text_form import TEXT_FORM, TextForm, fixed_style
 from alignment.losses import bradley_terry_loss
 from alignment.modeling.scalar import SCORE_NORMALIZATION
 from alignment.modeling.scorer import Values
@@ -40,7 +41,9 @@ class RewardModelTrainer:
                 "algorithm.margin: column, but the data's rows have no column 'margin'; add it, "
                 "rename yours with the source's `columns` option, or set margin: none"
             )
+        data = context.recipe.data
         self.config = config
+        self.text_form = TextForm(fixed_style(data.style, context.tokenizer), data.system)
         self.pairs = pairs
         self.order = context.order
         self.distributed = context.distributed
@@ -96,7 +99,9 @@ class RewardModelTrainer:
             metrics.add("reward_model/score/std", self.scores.std)
 
     def extra_files(self, folder: Path) -> None:
-        """Write what belongs beside the saved model: how its scores are normalized."""
+        """Write what belongs beside the saved model: what it reads, and how its scores are
+        normalized."""
+        write_atomic(folder / TEXT_FORM, self.text_form.to_json())
         if self.config.normalize:
             stated = {"mean": self.scores.mean, "std": self.scores.std, "count": self.scores.count}
             write_atomic(folder / SCORE_NORMALIZATION, json.dumps(stated) + "\n")

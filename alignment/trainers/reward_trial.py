@@ -11,6 +11,7 @@ from alignment.config.schema import Recipe
 from alignment.data.encode import RowEncoder
 from alignment.data.formats import Turns, demonstration_of, detect, preference_of, prompt_of
 from alignment.data.places import PlacedRows
+from alignment.data.text_form import fixed_style
 from alignment.rewards.protocol import Item
 from alignment.trainers.setup import load_policy_tokenizer, load_rows, make_rewards
 from alignment.types import Completion, Prompt, RewardedCompletion, StopReason, UserInputError
@@ -41,7 +42,7 @@ def try_rewards(
         raise UserInputError(f"{name} has no rewards; name a recipe that has some")
     try:
         tokenizer = load_policy_tokenizer(recipe.model)
-        rewards.bind(tokenizer)
+        rewards.bind(tokenizer, policy_style=fixed_style(recipe.data.style, tokenizer))
         items: dict[str, Item] = {}
         for where, row in _rows(recipe, rows, prompt, completion):
             items |= _items(recipe, tokenizer, row, completion, where, len(items))

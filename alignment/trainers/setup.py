@@ -24,6 +24,7 @@ from alignment.data.chat import stop_token_ids
 from alignment.data.order import DataOrder, split_held_out
 from alignment.data.places import WHOLE_SOURCE, PlacedRows, Places
 from alignment.data.sources import file, line_numbers
+from alignment.data.text_form import fixed_style
 from alignment.distributed import Distributed
 from alignment.modeling.attention import recomputed_alike
 from alignment.modeling.heads import ScalarHead, ScalarModel
@@ -101,7 +102,7 @@ def load_parts(recipe: Recipe) -> Loaded:
         rewards = make_rewards(recipe)
         tokenizer = load_policy_tokenizer(recipe.model)
         if rewards is not None:
-            rewards.bind(tokenizer)
+            rewards.bind(tokenizer, policy_style=fixed_style(recipe.data.style, tokenizer))
     with doing("loading", f"the model {recipe.model.path}"):
         model = load_model(recipe)
         critic = load_critic(recipe)

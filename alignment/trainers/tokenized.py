@@ -108,6 +108,9 @@ class TokenizedForms:
         loss_on = getattr(self.recipe.algorithm, "loss_on", None)
         if form == "samples" and loss_on is not None:
             options["loss_on"] = _LOSS_ON[loss_on]
+        separator = getattr(self.recipe.algorithm, "separator", None)
+        if form == "steps" and separator is not None:
+            options["separator"] = separator
         return options
 
     def _prompt_limit(self) -> int | None:

@@ -12,6 +12,7 @@ from alignment.data.report import TOO_LONG, DataReport
 from alignment.data.steps import (
     BLANK_STEP,
     NO_WHOLE_STEP,
+    SEPARATOR_IN_STEP,
     SHARED_TOKEN,
     UNKNOWN_ENDS,
     build_steps,
@@ -68,8 +69,8 @@ def test_a_token_may_hold_the_end_of_a_step_and_the_start_of_the_separator() -> 
     assert pieces[1] == "yess and sno"
     joined = tokenizer.encode("the", add_special_tokens=False)
     assert len(joined) == 1  # so that these two steps are one token
-    rows = [{"prompt": "hi", "completions": ["t", "he"], "labels": [1, 0]}, row]
-    _, report = build_steps(rows, tokenizer, separator="")
+    rows = [{"prompt": "hi", "completions": ["t", "e"], "labels": [1, 0]}, row]
+    _, report = build_steps(rows, tokenizer, separator="h")
     assert report.dropped == {SHARED_TOKEN: (0,)}
 
 
@@ -86,6 +87,25 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted() -> None:
     blank = {"prompt": "hi", "completions": ["a", " "], "labels": [1, 0]}
     _, report = build_steps([ROW, blank], bytes_only())
     assert report == DataReport((0,), {BLANK_STEP: (1,)})
+
+
+def test_rows_whose_steps_would_be_found_elsewhere_are_dropped_and_counted() -> None:
+    def answer(*steps: str) -> dict[str, Any]:
+        return {"prompt": "hi", "completions": list(steps), "labels": [1] * len(steps)}
+
+    two_lines = answer("a\nb", "c")
+    _, report = build_steps([ROW, two_lines], bytes_only())
+    assert report == DataReport((0,), {SEPARATOR_IN_STEP: (1,)})
+    (stepped,), _ = build_steps([two_lines], bytes_only(), separator="\n\n")
+    assert marks(stepped) == [2, 5]
+    # In "xaaay", the first "aa" begins inside the step "xa".
+    _, report = build_steps([answer("xa", "y"), answer("x", "y")], bytes_only(), separator="aa")
+    assert report == DataReport((1,), {SEPARATOR_IN_STEP: (0,)})
+    # Around a step, separators make blank steps, which are none.
+    kept, _ = build_steps([answer("a\n", "\nb"), answer("\na", "b\n")], bytes_only())
+    assert [marks(one) for one in kept] == [[0, 4], [1, 3]]
+    with pytest.raises(UserInputError, match="separator is empty"):
+        build_steps([ROW], bytes_only(), separator="")
 
 
 def test_truncation_keeps_whole_steps_with_their_labels() -> None:

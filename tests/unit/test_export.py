@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from alignment.cli import app
 from alignment.config import Recipe, dump_recipe, load_recipe
+from alignment.data.text_form import TEXT_FORM
 from alignment.modeling.catalog import fetch
 from alignment.modeling.scalar import SCORE_NORMALIZATION, load_scalar_model
 from alignment.runs.directory import RunDirectory
@@ -140,14 +141,16 @@ def test_a_model_that_was_trained_in_full_has_no_adapter(tmp_path: Path) -> None
     assert refused.exit_code == 2 and "has no adapter" in refused.output
 
 
-def test_a_reward_models_normalization_goes_with_it(
+def test_what_is_noted_beside_a_reward_model_goes_with_it(
     reward_run: RunDirectory, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(reward_run.model_dir, model)
     (model / SCORE_NORMALIZATION).write_text('{"mean": 1.0, "std": 2.0}')
+    (model / TEXT_FORM).write_text('{"style": "plain"}')
     assert export(model, tmp_path / "rm").exit_code == 0
     assert (tmp_path / "rm" / SCORE_NORMALIZATION).read_text() == '{"mean": 1.0, "std": 2.0}'
+    assert (tmp_path / "rm" / TEXT_FORM).read_text() == '{"style": "plain"}'
 
 
 def test_a_runs_folder_is_where_it_goes_unless_another_is_named(

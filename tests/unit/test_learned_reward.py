@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ import pytest
 import torch
 from chat_tokenizers import merging
 
+from alignment.config.load import load_recipe
+from alignment.config.schema import Recipe
 from alignment.data.chat import encode_conversation, encode_plain, encode_prompt
+from alignment.data.steps import build_steps
+from alignment.data.text_form import TEXT_FORM
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.load import load_tokenizer
 from alignment.modeling.scalar import load_scalar_model, save_scalar_model
 from alignment.modeling.tiny import build_tiny
-from alignment.rewards.compose import CompositeReward, RewardSpec, build_rewards
+from alignment.rewards.compose import CompositeReward, NamedReward, RewardSpec, build_rewards
 from alignment.rewards.protocol import run_reward
+from alignment.trainers.setup import load_parts
 from alignment.types import (
     AlignmentError,
     Completion,
@@ -309,6 +314,110 @@ def test_a_row_without_a_prompt_cannot_be_retokenized(base: Path, path: str) -> 
     assert score.outcome is Outcome.CRASH and "'prompt', 'question' or 'messages'" in score.detail
 
 
+# -- what is noted beside the model -----------------------------------------------------------
+
+
+@pytest.fixture
+def noted(base: Path, path: str, tmp_path: Path) -> Callable[..., str]:
+    """The model with a note of the form of its texts."""
+
+    def note(**form: Any) -> str:
+        folder = copy_with(path, tmp_path / "noted", load_tokenizer(base))
+        (Path(folder) / TEXT_FORM).write_text(json.dumps(form))
+        return folder
+
+    return note
+
+
+def test_a_model_of_plain_text_is_shown_plain_text(
+    base: Path, path: str, model: ScalarModel, noted: Callable[..., str]
+) -> None:
+    """Though its tokenizer has a chat template; by its note, or because the recipe says so."""
+    own, policy = load_tokenizer(base), load_tokenizer(base, chat_template=OTHER_TEMPLATE)
+    spoken = [item(policy, "one?", " yes"), item(policy, "two", " cut o", cut_off=True)]
+    plain = [encode_plain(own, "one?", " yes"), without_end(encode_plain(own, "two", " cut o"))]
+    expected = pytest.approx(model.scores(plain, 4096), abs=1e-5)
+    folder = noted(style="plain")
+    assert values(bound(policy, folder, on_mismatch="retokenize")(spoken)) == expected
+    said = bound(policy, path, on_mismatch="retokenize", style="plain")
+    assert values(said(spoken)) == expected
+    # What a recipe says goes before the note.
+    chat = bound(policy, folder, on_mismatch="retokenize", style="chat")
+    unnoted = bound(policy, path, on_mismatch="retokenize")
+    assert values(chat(spoken)) == pytest.approx(values(unnoted(spoken)), abs=1e-5)
+    assert values(chat(spoken)) != expected
+
+
+def test_another_style_is_a_mismatch_under_one_tokenizer_too(
+    base: Path, path: str, model: ScalarModel, noted: Callable[..., str], items: Items
+) -> None:
+    tokenizer, folder = load_tokenizer(base), noted(style="plain")
+    reward = RewardModelReward(path=folder, dtype="float32")
+    refused = r"another data\.style \(plain, the policy's is chat\).*on_mismatch: retokenize"
+    with pytest.raises(UserInputError, match=refused):
+        reward.bind(tokenizer, policy_style="chat")
+    reward.bind(tokenizer, policy_style="plain")
+    assert values(reward(items)) == pytest.approx(model.scores(shown(items), 4096), abs=1e-5)
+    reward = RewardModelReward(path=folder, dtype="float32", on_mismatch="retokenize")
+    reward.bind(tokenizer, policy_style="chat")
+    plain = model.scores([encode_plain(tokenizer, "one?", "yes")], 4096)
+    assert values(reward(items[:1])) == pytest.approx(plain, abs=1e-5)
+    for style in ("chat", "plain"):  # of this one, nothing is known
+        reward = RewardModelReward(path=path, dtype="float32")
+        reward.bind(tokenizer, policy_style=style)
+        assert values(reward(items)) == pytest.approx(model.scores(shown(items), 4096), abs=1e-5)
+
+
+def test_a_runs_data_style_is_compared(base: Path, noted: Callable[..., str]) -> None:
+    rewards = [{"type": "reward_model", "path": noted(style="chat")}]
+    settings = [f"model.path={base}", f"rewards={json.dumps(rewards)}", "data.style=plain"]
+    recipe = load_recipe("tiny/grpo", settings)
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(UserInputError, match=r"data\.style \(chat, the policy's is plain\)"):
+        load_parts(recipe)
+
+
+def test_rewards_that_ask_for_no_style_are_told_none(base: Path) -> None:
+    told: list[Any] = []
+
+    class Own:
+        def __call__(self, items: Items) -> list[Score]:
+            return []
+
+        def bind(self, tokenizer: Any) -> None:
+            told.append(tokenizer)
+
+    tokenizer = load_tokenizer(base)
+    CompositeReward([NamedReward("own", 1.0, Own())]).bind(tokenizer, policy_style="chat")
+    assert told == [tokenizer]
+
+
+def test_the_noted_system_message_is_the_default(
+    base: Path, model: ScalarModel, noted: Callable[..., str]
+) -> None:
+    own, policy = load_tokenizer(base), load_tokenizer(base, chat_template=OTHER_TEMPLATE)
+    folder = noted(style="chat", system="be kind")
+    for system in (None, "be brief"):
+        messages = [
+            {"role": "system", "content": system or "be kind"},
+            {"role": "user", "content": "one?"},
+            {"role": "assistant", "content": "yes"},
+        ]
+        expected = model.scores([encode_conversation(own, messages)], 4096)
+        reward = bound(policy, folder, on_mismatch="retokenize", system=system)
+        assert values(reward([item(policy, "one?", "yes")])) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form", [{"style": "auto"}, {"style": "chat", "separator": ""}, {"styles": "chat"}, {}]
+)
+def test_a_damaged_note_is_refused(
+    base: Path, noted: Callable[..., str], form: dict[str, str]
+) -> None:
+    with pytest.raises(UserInputError, match=r"text_form\.json is damaged.*delete it"):
+        bound(load_tokenizer(base), noted(**form))
+
+
 # -- failures ---------------------------------------------------------------------------------
 
 
@@ -413,6 +522,45 @@ def test_steps_are_scored_at_their_ends_and_aggregated(
     reward.bind(tokenizer)
     alone = 1 / (1 + math.exp(-float(rows[1][0])))
     assert values(reward(steps)) == pytest.approx([by_hand[aggregate], alone], abs=1e-5)
+
+
+def test_steps_are_parted_as_in_training(
+    base: Path, model: ScalarModel, noted: Callable[..., str]
+) -> None:
+    tokenizer = load_tokenizer(base)
+    one = item(tokenizer, "one?", "ab;c\nd")
+    (row,) = model.values(shown([one]), 4096, reads="after")
+
+    def scored(separator: str | None) -> float:
+        reward = ProcessRewardModelReward(
+            path=folder, dtype="float32", aggregate="product", separator=separator
+        )
+        reward.bind(tokenizer)
+        (value,) = values(reward([one]))
+        return value
+
+    def product(*ends: int) -> Any:
+        chances = [1 / (1 + math.exp(-float(row[end]))) for end in ends]
+        return pytest.approx(math.prod(chances), abs=1e-5)
+
+    folder = noted(style="chat", separator=";")
+    assert scored(None) == product(1, 5)
+    assert scored("\n") == product(3, 5)
+    folder = noted(style="chat")  # a note of no separator
+    assert scored(None) == product(3, 5)
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n", " ## ", "ab"])
+def test_steps_are_read_where_they_were_labelled(base: Path, separator: str) -> None:
+    """Training finds their tokens by offsets, the reward by decoding."""
+    tokenizer = load_tokenizer(base)
+    answers = [["a.", "bc"], ["é🙂 \n", " x"], ["a\nb", "c"], ["xa", "b"], ["1 #", "# 2"]]
+    rows = [{"prompt": "hi", "completions": steps, "labels": [1] * len(steps)} for steps in answers]
+    built, _ = build_steps(rows, tokenizer, separator=separator)
+    assert 3 <= len(built) <= 5
+    for stepped in built:
+        labelled = [i for i, marked in enumerate(stepped.sample.loss_mask) if marked]
+        assert step_ends(tokenizer, stepped.sample.completion_ids, separator) == labelled
 
 
 def test_a_process_reward_is_a_plug_in_and_refuses_another_vocabulary(

@@ -20,6 +20,7 @@ from alignment.cli import app
 from alignment.config.load import load_recipe
 from alignment.config.schema import Recipe
 from alignment.data.arithmetic_steps import arithmetic_steps
+from alignment.data.text_form import TextForm, read_text_form
 from alignment.distributed import Distributed
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.optimizer import MasterWeightOptimizer
@@ -206,6 +207,18 @@ def test_nothing_is_normalized_unless_asked_for(tmp_path: Path) -> None:
     saved = run("reward_model", tmp_path, "algorithm.normalize=false")
     assert not (saved.model_dir / "score_normalization.json").exists()
     assert not any("score/mean" in name for name in metrics_of(saved)[0])
+
+
+def test_what_the_model_reads_is_noted_beside_it(tmp_path: Path) -> None:
+    settings = ("algorithm.separator=' ## '", "data.system=be kind")
+    saved = run("process_reward_model", tmp_path / "steps", *settings)
+    noted = read_text_form(saved.model_dir)
+    assert noted == TextForm("chat", system="be kind", separator=" ## ")
+    context = context_of("process_reward_model", tmp_path, *settings)
+    answers = [context.tokenizer.decode(one.sample.completion_ids) for one in context.train.steps]
+    assert all(" ## " in answer and "\n" not in answer for answer in answers)
+    saved = run("reward_model", tmp_path / "pairs", "data.style=plain")
+    assert read_text_form(saved.model_dir) == TextForm("plain")
 
 
 def test_epochs_are_passes_over_the_pairs(tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ class ProcessRewardModelConfig(MethodConfig):
     """Passes over the data. Give this or `steps`."""
     samples_per_step: PositiveCount = 8
     """Answers of one optimizer update; every labelled step in them weighs the same."""
+    separator: Annotated[str, Field(min_length=1)] = "\n"
+    """What stands between two steps of an answer: here, and where the model rewards, which is told
+    by a note beside it. Rows with a step that holds it are dropped (and counted)."""
 
     @model_validator(mode="after")
     def _one_length(self) -> ProcessRewardModelConfig:
