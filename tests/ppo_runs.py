@@ -20,6 +20,9 @@ from alignment.modeling.optimizer import MasterWeightOptimizer
 from alignment.runs.checkpoint import list_checkpoints, load_checkpoint
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
+from alignment.runs.metrics import MetricSums
+from alignment.trainers.experience import Experience
+from alignment.trainers.minibatches import Targets
 from alignment.trainers.ppo import PPOTrainer
 from alignment.trainers.run import train
 from alignment.trainers.setup import Loaded, assemble, load_parts
@@ -49,6 +52,20 @@ PPO = (
 )
 SHARED = ("algorithm.critic={kind: shared}",)
 LORA = ("model.lora={rank: 4}",)
+CRITICS = {"separate": (), "shared": SHARED}
+
+GRADES = (0.9, 0.2, None, 0.6, 0.4, 0.1)
+LENGTHS = (1, 12, 4, 5, 3, 9)
+FAILED = 2
+MADE_UP = (
+    "algorithm.prompts_per_step=6",
+    "algorithm.samples_per_prompt=1",
+    "algorithm.epochs_per_step=1",
+    "algorithm.updates_per_step=1",
+    "optim.max_grad_norm=1e9",
+    "limits.logprob_gap=99",
+)
+"""Settings of a step on a made-up rollout (`updates_of`): one update of each model, unclipped."""
 
 
 def recipe_of(folder: Path, *overrides: str) -> Recipe:
@@ -128,6 +145,36 @@ def keep_gradients(patch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 
     patch.setattr(MasterWeightOptimizer, "step", keep)
     return seen
+
+
+def updates_of(
+    trainer: PPOTrainer,
+    rollout: Rollout,
+    made: list[dict[str, Tensor]],
+    spoil: Callable[[Targets], Targets] = lambda targets: targets,
+) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+    """Metrics and gradients of a step on a made-up rollout; `spoil` may change what it reads."""
+    learn = trainer.learn
+    made.clear()
+
+    def spoilt(rollout: Rollout, own: Experience, targets: Targets, metrics: MetricSums) -> None:
+        learn(rollout, own, spoil(targets), metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "collect", lambda step, metrics: rollout)
+        patch.setattr(trainer, "learn", spoilt)
+        metrics = trainer.step(1).metrics.result()
+    return {k: v for k, v in metrics.items() if not k.startswith("time/")}, list(made)
+
+
+def moved_trainer(folder: Path, *settings: str) -> PPOTrainer:
+    """Policy, reference and critic apart from one another, a critic that predicts something."""
+    trainer = trainer_of(folder, *MADE_UP, *settings)
+    shift(trainer.policy.model, 0.02, 0)
+    critic = trainer.context.critic
+    critics: Any = trainer.policy.value_head if critic is None else critic.model
+    shift(critics, 0.05, 1)
+    return trainer
 
 
 def assert_same_gradient(

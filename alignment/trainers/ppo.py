@@ -206,12 +206,15 @@ class PPOTrainer:
         self, rollout: Rollout, experience: Experience, targets: Targets, metrics: MetricSums
     ) -> None:
         """All updates of a step, or as many as `stop_kl` allows."""
-        stops = False
+        stops, measured = False, MetricSums()
         for rows in self.minibatches(rollout):
             own = sum(experience.samples[row].n_loss_tokens for row in rows)
             (n_tokens,) = self.distributed.sum([own])
             if not n_tokens:
                 continue
+            stops = self.is_far(measured)  # asked here, where there is something to leave out
+            if stops:
+                break
             batch = Minibatch(rollout.step, experience, targets, rows, n_tokens)
             measured = MetricSums()
             if self.moves_policy(rollout.step):
@@ -219,9 +222,6 @@ class PPOTrainer:
             if self.update_critic is not None:
                 self.update_separate_critic(self.update_critic, batch, measured)
             metrics.merge(measured)
-            stops = self.is_far(measured)
-            if stops:
-                break
         if self.config.stop_kl is not None and self.distributed.is_main:
             metrics.add("policy/stopped_early", float(stops))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,19 @@ from typing import Any
 import pytest
 import torch
 from ppo_runs import (
+    CRITICS,
+    FAILED,
+    GRADES,
+    LENGTHS,
     LORA,
-    SHARED,
+    MADE_UP,
     assert_same_gradient,
     keep_gradients,
     made_up,
+    moved_trainer,
     run,
-    shift,
     trainer_of,
+    updates_of,
 )
 from tiny_runs import metrics_of, rollouts_of, steps_of, weights_of
 from torch import Tensor
@@ -27,21 +31,7 @@ from alignment.losses import TokenLoss, clipped_value_loss, ppo_clip_loss
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.experience import Experience, training_samples
 from alignment.trainers.minibatches import Targets, loss_mask
-from alignment.trainers.ppo import PPOTrainer
 from alignment.types import Rollout
-
-CRITICS = {"separate": (), "shared": SHARED}
-GRADES = (0.9, 0.2, None, 0.6, 0.4, 0.1)
-LENGTHS = (1, 12, 4, 5, 3, 9)
-FAILED = 2
-MADE_UP = (
-    "algorithm.prompts_per_step=6",
-    "algorithm.samples_per_prompt=1",
-    "algorithm.epochs_per_step=1",
-    "algorithm.updates_per_step=1",
-    "optim.max_grad_norm=1e9",
-    "limits.logprob_gap=99",
-)
 
 
 @dataclass(frozen=True)
@@ -220,36 +210,6 @@ def test_i18_the_kl_penalty_is_at_every_token(tmp_path: Path, estimator: str) ->
 
 
 # -- masks ------------------------------------------------------------------------------------
-
-
-def updates_of(
-    trainer: PPOTrainer,
-    rollout: Rollout,
-    made: list[dict[str, Tensor]],
-    spoil: Callable[[Targets], Targets] = lambda targets: targets,
-) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-    """Metrics and gradients of a step on a made-up rollout; `spoil` may change what it reads."""
-    learn = trainer.learn
-    made.clear()
-
-    def spoilt(rollout: Rollout, own: Experience, targets: Targets, metrics: MetricSums) -> None:
-        learn(rollout, own, spoil(targets), metrics)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "collect", lambda step, metrics: rollout)
-        patch.setattr(trainer, "learn", spoilt)
-        metrics = trainer.step(1).metrics.result()
-    return {k: v for k, v in metrics.items() if not k.startswith("time/")}, list(made)
-
-
-def moved_trainer(folder: Path, *settings: str) -> PPOTrainer:
-    """Policy, reference and critic apart from one another, a critic that predicts something."""
-    trainer = trainer_of(folder, *MADE_UP, *settings)
-    shift(trainer.policy.model, 0.02, 0)
-    critic = trainer.context.critic
-    critics: Any = trainer.policy.value_head if critic is None else critic.model
-    shift(critics, 0.05, 1)
-    return trainer
 
 
 @pytest.mark.parametrize("critic", CRITICS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +20,10 @@ from tiny_runs import (
     weights_of,
 )
 from torch import Tensor
-from typer.testing import CliRunner
 
-from alignment.cli import app
 from alignment.distributed import Distributed
 from alignment.losses import TokenLoss, sft_loss
 from alignment.modeling.scorer import Scores
-from alignment.rollout.native import NativeEngine
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
 from alignment.runs.metrics import MetricSums
@@ -37,7 +33,7 @@ from alignment.trainers.group_relative import POLICY_LOSSES
 from alignment.trainers.grpo import GRPOTrainer
 from alignment.trainers.kl import KLTerm
 from alignment.trainers.setup import Loaded, assemble, load_parts
-from alignment.types import AlignmentError, Completion, SamplingParams
+from alignment.types import AlignmentError
 
 SEVERAL_UPDATES = ("algorithm.updates_per_step=2", "algorithm.epochs_per_step=2")
 LORA = ("model.lora={rank: 4}",)
@@ -123,34 +119,6 @@ def test_i12_dropout_is_active_in_supervised_updates_only(tmp_path: Path) -> Non
     assert abs(norms[0] - norms[1]) > 0.05
     losses = [metrics_of(r)[0]["eval/held_out_loss/loss"] for r in (dropped, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-
-
-# -- engine and trainer -----------------------------------------------------------------------
-
-
-def _shift_logprobs(monkeypatch: pytest.MonkeyPatch, shift: float, from_step: int) -> None:
-    generate = NativeEngine.generate
-
-    def shifted(self: NativeEngine, prompts: Any, params: SamplingParams) -> list[Completion]:
-        by = shift if params.step >= from_step else 0.0
-        return [
-            replace(c, sampling_logprobs=tuple(p + by for p in c.sampling_logprobs))
-            for c in generate(self, prompts, params)
-        ]
-
-    monkeypatch.setattr(NativeEngine, "generate", shifted)
-
-
-def test_i14_engine_gap_is_logged_warned_of_and_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _shift_logprobs(monkeypatch, 1.0, from_step=2)
-    with pytest.raises(AlignmentError, match=r"step 4: .* 1\.000 nats a token"):
-        run("grpo", tmp_path, "algorithm.steps=9")
-    directory = RunDirectory.open(tmp_path / "grpo")
-    gaps = [record["engine/logprob_gap"] for record in metrics_of(directory)]
-    assert gaps == pytest.approx([0.0, 1.0, 1.0], abs=1e-4)
-    assert [event["step"] for event in events_of(directory, "warning")] == [2, 3, 4]
 
 
 # -- reference and KL -------------------------------------------------------------------------
@@ -254,67 +222,6 @@ def test_i18_kl_is_linear_in_its_coefficient(tmp_path: Path) -> None:
         once, thrice = (_kl_parts(tmp_path, placement, coef) for coef in (0.5, 1.5))
         torch.testing.assert_close(thrice[0], 3 * once[0])
         torch.testing.assert_close(thrice[1], 3 * once[1])
-
-
-# -- nothing to learn from --------------------------------------------------------------------
-
-
-def test_i41_a_constant_reward_is_diagnosed_and_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(AlignmentError, match="nothing could be learned in 4 steps in a row") as no:
-        run(
-            "grpo",
-            tmp_path,
-            "rewards=[{type: 'tiny_runs:constant'}]",
-            "algorithm.steps=20",
-            "limits.idle_steps=4",
-        )
-    assert "every reward is 0.5" in str(no.value)
-    directory = RunDirectory.open(tmp_path / "grpo")
-    first = [event for event in events_of(directory, "diagnosis") if event["step"] == 1]
-    assert any("every reward is 0.5" in event["message"] for event in first)
-    for record in metrics_of(directory):
-        assert record["groups/with_spread"] == 0.0
-        assert record["optim/grad_norm"] == 0.0
-
-
-def test_i41_a_gradient_of_zero_is_diagnosed_and_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clip = POLICY_LOSSES["clip"]
-
-    def constant(*arguments: Any) -> TokenLoss:
-        loss = clip(*arguments)
-        return replace(loss, per_token=loss.per_token * 0.0)
-
-    monkeypatch.setitem(POLICY_LOSSES, "clip", constant)
-    reason = "the gradient is exactly zero"
-    with pytest.raises(AlignmentError, match=f"learned in 3 steps in a row: {reason}"):
-        # Not all are cut off, which would be another reason.
-        ends = "rollout.stop=[a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]"
-        run("grpo", tmp_path, ends, "algorithm.steps=20", "limits.idle_steps=3")
-    directory = RunDirectory.open(tmp_path / "grpo")
-    diagnoses = [event["message"] for event in events_of(directory, "diagnosis")]
-    assert diagnoses == [f"step {step}: {reason}" for step in (1, 2, 3)]
-    for record in metrics_of(directory):  # the rewards are not the reason
-        assert record["groups/with_spread"] > 0.0
-        assert record["reward/std_in_group"] > 0.0
-
-
-def test_i41_completions_all_cut_off_are_diagnosed(tmp_path: Path) -> None:
-    directory = run("grpo", tmp_path, "rollout.max_new_tokens=1")
-    assert metrics_of(directory)[0]["completion/cut_off"] == 1.0
-    (event,) = (e for e in events_of(directory, "diagnosis") if "cut off" in e["message"])
-    assert event["step"] == 1
-    assert "raise rollout.max_new_tokens" in event["message"]
-
-
-def test_i41_three_samples_of_the_first_step_are_shown(tmp_path: Path) -> None:
-    settings = ["algorithm.steps=2", "expect=[]", f"run.dir={tmp_path}"]
-    result = CliRunner().invoke(app, ["train", "tiny/grpo", *settings])
-    assert result.exit_code == 0, result.output
-    assert re.findall(r"samples of step (\d+)", result.output) == ["1"]
-    shown = re.findall(r"^│ +[\d.]+ │ (?:correct|incorrect|scored) +│", result.output, re.MULTILINE)
-    assert len(shown) == 3
 
 
 # -- non-finite numbers -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""PPO: its settings, its scores, its minibatches, its critic, and when it stops."""
+"""PPO: its settings, its scores, its KL controller, and its critic."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from transformers import AutoModel
 from alignment.modeling.load import load_tokenizer
 from alignment.modeling.scalar import load_scalar_model, save_scalar_model
 from alignment.runs.metrics import MetricSums
-from alignment.trainers.experience import minibatch_slices, training_samples
-from alignment.trainers.minibatches import Targets, shuffled_rows
+from alignment.trainers.experience import training_samples
 from alignment.types import UserInputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -132,61 +131,6 @@ def test_missing_ends_are_penalised_in_a_run(tmp_path: Path) -> None:
     assert record["reward/mean"] > 0.0
 
 
-# -- minibatches ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n_groups", "n_parts", "group_size"), [(8, 4, 1), (6, 2, 3), (1, 1, 2)])
-def test_a_pass_takes_every_row_once(n_groups: int, n_parts: int, group_size: int) -> None:
-    groups = [7 * i + 3 for i in range(n_groups)]
-    parts = shuffled_rows(groups, groups, n_parts, group_size, key=1)
-    assert sorted(row for part in parts for row in part) == list(range(n_groups * group_size))
-    assert {len(part) for part in parts} == {n_groups * group_size // n_parts}
-    for part in parts:  # completions of one prompt stay together, and share its computation
-        for row in part:
-            first = row - row % group_size
-            assert set(range(first, first + group_size)) <= set(part)
-
-
-def test_a_pass_shuffles_anew() -> None:
-    groups = list(range(16))
-    passes = [shuffled_rows(groups, groups, 4, 1, key) for key in range(5)]
-    made = {tuple(map(tuple, parts)) for parts in passes}
-    drawn = [list(range(16))[part] for part in minibatch_slices(groups, groups, 4, 1)]
-    assert len(made) == 5
-    assert drawn not in passes
-    assert passes[0] == shuffled_rows(groups, groups, 4, 1, 0)
-
-
-def test_minibatches_do_not_depend_on_who_holds_what() -> None:
-    everyones = [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]  # of rank 0, then of rank 1
-    whole = shuffled_rows(list(range(10)), everyones, 5, 1, key=3)
-    ranks = [list(range(rank, 10, 2)) for rank in (0, 1)]
-    shares = [shuffled_rows(own, everyones, 5, 1, key=3) for own in ranks]
-    for part in range(5):
-        held = [own[row] for own, parts in zip(ranks, shares, strict=True) for row in parts[part]]
-        assert sorted(held) == sorted(whole[part])
-
-
-def test_a_step_makes_all_its_passes(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, "algorithm.epochs_per_step=3", "algorithm.prompts_per_step=8")
-    rollout = trainer.collect(1, MetricSums())
-    rows = [list(part) for part in trainer.minibatches(rollout)]
-    assert rows[:2] == [list(range(8)), list(range(8, 16))]  # as they were drawn and recorded
-    for number in range(3):
-        assert sorted(rows[2 * number] + rows[2 * number + 1]) == list(range(16))
-    assert len({tuple(map(tuple, rows[i : i + 2])) for i in (0, 2, 4)}) == 3
-    assert [list(part) for part in trainer.minibatches(rollout)] == rows
-    other = trainer.collect(2, MetricSums())
-    assert [list(part) for part in trainer.minibatches(other)] != rows
-
-
-def test_the_recorded_advantage_is_the_mean_over_the_tokens_that_count() -> None:
-    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
-    advantages = torch.tensor([[1.0, 2.0, 6.0], [-4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    targets = Targets(advantages, advantages, advantages, mask)
-    assert targets.mean_advantages() == [3.0, -4.0, 0.0]
-
-
 # -- the KL controller ------------------------------------------------------------------------
 
 
@@ -234,68 +178,6 @@ def test_a_long_warm_up_is_not_an_idle_run(tmp_path: Path) -> None:
     """Completions that are all cut off are a reason to learn nothing; here the critic does."""
     settings = ("rollout.max_new_tokens=2", "limits.idle_steps=1", "algorithm.steps=4")
     assert len(metrics_of(run(tmp_path, *settings, "algorithm.critic.warmup_steps=3"))) == 4
-
-
-# -- early stop -------------------------------------------------------------------------------
-
-
-def test_stop_kl_ends_the_step(tmp_path: Path) -> None:
-    def updates(folder: str, *settings: str) -> tuple[int, int, float | None]:
-        trainer = trainer_of(tmp_path / folder, "algorithm.epochs_per_step=4", *settings)
-        metrics = trainer.step(1).metrics.result()
-        critic = trainer.update_critic
-        assert critic is not None
-        stopped = metrics.get("policy/stopped_early")
-        return trainer.update.policy_version, critic.policy_version, stopped
-
-    assert updates("off") == (8, 8, None)
-    assert updates("far", "algorithm.stop_kl=50.0") == (8, 8, 0.0)
-    # The first minibatch finds no distance; the second finds the first update's.
-    assert updates("near", "algorithm.stop_kl=1e-7") == (2, 2, 1.0)
-
-
-def test_the_distance_is_the_mean_over_the_tokens_of_all_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the ranks would disagree about the end of a step, and wait for each other forever."""
-    trainer = trainer_of(tmp_path, "algorithm.stop_kl=0.3")
-    measured = MetricSums()
-    measured.add("policy/approx_kl", 0.6, 3)
-    assert not trainer.is_far(measured)  # 0.2 a token
-
-    def with_another(total: float, count: float) -> bool:
-        def both(sums: tuple[float, float]) -> list[float]:
-            return [sums[0] + total, sums[1] + count]
-
-        monkeypatch.setattr(trainer.distributed, "sum", both)
-        return trainer.is_far(measured)
-
-    assert with_another(1.2, 1)  # 1.8 over 4 tokens
-    assert not with_another(0.5, 1)
-    monkeypatch.setattr(trainer.distributed, "sum", list)
-    assert not trainer.is_far(MetricSums())  # no token, as in the critic's warm-up
-
-
-# -- the entropy bonus ------------------------------------------------------------------------
-
-
-def test_the_entropy_bonus_raises_the_entropy(tmp_path: Path) -> None:
-    """A cold policy, so that there is room above."""
-
-    def entropies(coef: float) -> list[float]:
-        settings = (
-            "rewards=[{type: 'tiny_runs:constant'}]",
-            "algorithm.kl.coef=0.0",
-            "algorithm.steps=4",
-            f"algorithm.entropy_coef={coef}",
-            "rollout.temperature=0.3",
-        )
-        records = metrics_of(run(tmp_path / str(coef), *settings))
-        return [record["policy/entropy"] for record in records]
-
-    up, down = entropies(5.0), entropies(-5.0)
-    assert up[-1] > up[0] + 0.05
-    assert down[-1] < down[0] - 0.05
 
 
 # -- the critic -------------------------------------------------------------------------------
