@@ -122,6 +122,13 @@ def test_i19_kl_of_the_first_step_is_zero(tmp_path: Path, settings: tuple[str, .
     assert penalty == pytest.approx(0.05 * second["kl/sequence"], abs=1e-6)
 
 
+def test_i19_a_reference_synced_each_step_is_where_the_policy_is(tmp_path: Path) -> None:
+    """It follows after the updates, so that the next rollout starts from it."""
+    synced = "model.reference={mode: synced, every: 1}"
+    records = metrics_of(run(tmp_path, synced, "algorithm.steps=3"))
+    assert [record["kl/mean"] for record in records] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("critic", CRITICS)
 def test_i21_the_first_step_moves_policy_and_critic_and_not_the_reference(
     tmp_path: Path, critic: str

@@ -82,6 +82,10 @@ CASES: dict[str, tuple[str, ...]] = {
         "algorithm.clip_high=0.3",
     ),
     "KL in the loss": ("algorithm.kl={coef: 0.4, placement: loss, estimator: k3}",),
+    "exact KL in the loss, temperature": (
+        "algorithm.kl={coef: 0.4, placement: loss, estimator: full}",
+        "rollout.temperature=0.6",
+    ),
 }
 
 
@@ -233,13 +237,16 @@ def policy_loss_by_hand(
     now: Plain,
     hand: ByHand,
     old: Rows,
-    reference: Rows,
+    reference: Plain,
     temperature: float,
 ) -> Tensor:
     loss = torch.zeros((), dtype=torch.float64)
     for i in KEPT:
         log_p = now.log_p(items[i], temperature)
         own = now.chosen(items[i], temperature)
+        with torch.no_grad():
+            others = reference.log_p(items[i], temperature)
+            chosen = reference.chosen(items[i], temperature)
         for t in range(LENGTHS[i]):
             advantage = float(hand.advantages[i][t])
             ratio = (own[t] - float(old[i][t])).exp()
@@ -247,8 +254,10 @@ def policy_loss_by_hand(
             loss = loss - torch.minimum(ratio * advantage, inside * advantage)
             entropy = -(log_p[t].exp() * log_p[t]).sum()
             loss = loss - config.entropy_coef * entropy
-            if config.kl.placement == "loss":
-                d = own[t] - float(reference[i][t])
+            if config.kl.estimator == "full":
+                loss = loss + config.kl.coef * (log_p[t].exp() * (log_p[t] - others[t])).sum()
+            elif config.kl.placement == "loss":
+                d = own[t] - chosen[t]
                 loss = loss + config.kl.coef * ((-d).exp() - 1 + d)
     return loss / sum(LENGTHS[i] for i in KEPT)
 
@@ -369,7 +378,9 @@ def test_a_step_is_the_one_written_out_by_hand(observe: Any, case: str) -> None:
 
     # The losses and their gradients.
     policy, critic = seen.updating
-    policy_loss = policy_loss_by_hand(config, items, policy, hand, old, reference, seen.temperature)
+    policy_loss = policy_loss_by_hand(
+        config, items, policy, hand, old, seen.reference, seen.temperature
+    )
     named = {f"model.model.{name}": tensor for name, tensor in policy.named().items()}
     if policy.lm_head.weight is not policy.decoder.embed_tokens.weight:
         named["model.lm_head.weight"] = policy.lm_head.weight

@@ -301,6 +301,25 @@ def test_the_checkpoint_holds_the_critic(tmp_path: Path) -> None:
     assert state["trainer"]["critic"]["returns"]["count"] > 0.0
 
 
+def test_a_trainer_restored_has_all_of_the_state(tmp_path: Path) -> None:
+    settings = (
+        ADAPTIVE % "target: 5.0, horizon: 40",
+        "algorithm.normalize_rewards=true",
+        "algorithm.critic={normalize: true}",
+        "limits.logprob_gap=1e-12",  # so that the monitor has seen one step over the limit
+    )
+    old, new = (trainer_of(tmp_path / name, *settings) for name in ("old", "new"))
+    old.step(1)
+    state, fresh = old.state_dict(), new.state_dict()
+    assert state.keys() == fresh.keys()
+    assert all(state[part] != fresh[part] for part in state)
+    for trained in ("trained", "critic"):  # the optimizers' own state goes first
+        theirs, ours = (getattr(trainer.context, trained).optimizer for trainer in (old, new))
+        ours.load_state_dict(theirs.state_dict())
+    new.load_state_dict(state)
+    assert new.state_dict() == state
+
+
 # -- the page that describes all this ---------------------------------------------------------
 
 

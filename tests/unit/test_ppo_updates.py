@@ -59,6 +59,16 @@ def test_a_step_samples_whole_episodes_together(
     assert reasons == {StopReason.STOP, StopReason.LENGTH}
 
 
+def test_completions_say_how_many_updates_are_behind_them(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    versions = []
+    for step in (1, 2):
+        rollout = trainer.step(step).rollout
+        assert rollout is not None
+        versions.append({item.completion.policy_version for item in rollout.items})
+    assert versions == [{0}, {4}]  # two passes of two minibatches
+
+
 # -- minibatches ------------------------------------------------------------------------------
 
 
@@ -107,11 +117,38 @@ def test_a_step_makes_all_its_passes(tmp_path: Path) -> None:
     assert [list(part) for part in trainer.minibatches(other)] != rows
 
 
+def test_a_minibatch_without_a_grade_makes_no_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizers' moments and counts would move on, though there is nothing to learn."""
+    made = keep_gradients(monkeypatch)
+    trainer = moved_trainer(tmp_path, "algorithm.updates_per_step=2", "algorithm.stop_kl=9.0")
+    grades = (None, None, None, 0.6, 0.4, 0.1)
+    metrics, _ = updates_of(trainer, made_up(trainer, grades, LENGTHS), made)
+    assert len(made) == 2  # the second minibatch's, of policy and critic
+    assert trainer.update.policy_version == 1
+    assert metrics["optim/grad_norm"] > 0.0
+
+
 def test_the_recorded_advantage_is_the_mean_over_the_tokens_that_count() -> None:
     mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
     advantages = torch.tensor([[1.0, 2.0, 6.0], [-4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     targets = Targets(advantages, advantages, advantages, mask)
     assert targets.mean_advantages() == [3.0, -4.0, 0.0]
+
+
+# -- learning rates ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("settings", "expected"), [((), 3e-3), (("critic.lr=1e-2",), 1e-2)])
+def test_a_separate_critic_has_a_learning_rate_of_its_own(
+    tmp_path: Path, settings: tuple[str, ...], expected: float
+) -> None:
+    own = [f"algorithm.{setting}" for setting in settings]
+    off = "algorithm.critic={lr: null}"  # the recipe has one
+    metrics = trainer_of(tmp_path, off, *own).step(1).metrics.result()
+    assert metrics["optim/lr"] == 3e-3
+    assert metrics["critic/optim/lr"] == expected
 
 
 # -- clipping ---------------------------------------------------------------------------------
