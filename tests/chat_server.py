@@ -91,7 +91,7 @@ def raw(body: bytes, status: int = 200, **headers: str) -> Behaviour:
     return lambda handler, request: send(handler, status, body, fields)
 
 
-def says(text: str | None, finish_reason: str = "stop", **message: Any) -> Behaviour:
+def says(text: str | None, finish_reason: str | None = "stop", **message: Any) -> Behaviour:
     """A chat completion."""
     choice = {"message": {"content": text, **message}, "finish_reason": finish_reason}
     return raw(json.dumps({"choices": [choice]}).encode())

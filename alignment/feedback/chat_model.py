@@ -25,8 +25,9 @@ class Failure(StrEnum):
     UNAVAILABLE = "unavailable"  # the server was there, but overloaded or broken
     REFUSED = "refused"  # the request or the conversation was not accepted
     GARBAGE = "garbage"  # an answer that is not a chat completion
-    CUT_OFF = "cut_off"  # the token limit came before the end; there is a text
+    CUT_OFF = "cut_off"  # the token limit came before the end; the text may be empty
     UNPARSEABLE = "unparseable"  # a text without what was asked for, such as a verdict
+    NOT_FINITE = "not_finite"  # log-probabilities that are NaN or infinite
 
 
 _REMEDIES = {
@@ -37,6 +38,8 @@ _REMEDIES = {
     Failure.GARBAGE: "check that the address is that of an OpenAI-compatible API (often .../v1)",
     Failure.CUT_OFF: "allow more new tokens",
     Failure.UNPARSEABLE: "use a model that follows the asked form, or compare log-probabilities",
+    Failure.NOT_FINITE: "compute in a wider number format (judge.dtype: float32), or use a model "
+    "whose weights are sound",
 }
 
 

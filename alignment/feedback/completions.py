@@ -18,6 +18,11 @@ _OK = range(200, 300)
 _TIMED_OUT = (408, 504)
 _CONFLICT_OR_BUSY = (409, 429)
 
+# What servers call the end of a whole answer: OpenAI and vLLM; Together; text-generation-inference;
+# Anthropic. Null where a server gives no reason.
+_WHOLE = ("stop", None, "eos", "eos_token", "stop_sequence", "end_turn")
+_CALLS = ("tool_calls", "function_call")  # in place of a text
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -40,8 +45,8 @@ def failed(failure: Failure, detail: str, *, again: bool = False) -> Attempt:
 def read_answer(status: int, headers: Mapping[str, str], body: bytes) -> Attempt:
     """Read an HTTP answer.
 
-    Asking again may help after 408, 409, 429 and 5xx; not after any other refusal, nor after an
-    answer that is not a chat completion.
+    Asking again may help after 408, 409, 429 and 5xx, and where the server broke off in the middle
+    of an answer; not after any other refusal, nor after an answer that is not a chat completion.
 
     Args:
         headers: with lower-case names, or of a mapping that ignores case.
@@ -66,12 +71,17 @@ def _completion(body: bytes) -> Attempt:
         text, refusal = message.get("content"), message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return failed(Failure.GARBAGE, f"not a chat completion: {_shown(body)}")
+    if not (isinstance(text, str) and _is_unicode(text)):
+        text = None
+    if reason == "length":  # a model that thinks first may not have come to its answer
+        return Attempt(Reply(text or "", Failure.CUT_OFF, "the token limit came before the end"))
     if reason == "content_filter" or (refusal and not text):
         return failed(Failure.REFUSED, f"the server withheld its answer: {refusal or reason}")
-    if not isinstance(text, str) or not _is_unicode(text):
+    if reason not in (*_WHOLE, *_CALLS):
+        detail = f"the server broke its answer off: finish_reason {reason!r}"
+        return failed(Failure.UNAVAILABLE, detail, again=True)
+    if text is None or reason in _CALLS:
         return failed(Failure.GARBAGE, f"a chat completion without a text: {_shown(body)}")
-    if reason == "length":
-        return Attempt(Reply(text, Failure.CUT_OFF, "the token limit came before the end"))
     return Attempt(Reply(text))
 
 

@@ -7,6 +7,7 @@ they disagree on says something about the judge and nothing about the answers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,9 +208,16 @@ def _compare(chat_model: ChatModel, showings: Sequence[Conversation]) -> list[_R
         if scores.failure:
             readings.append(_Reading(None, scores.failure, scores.detail))
         else:
-            margin = scores.logprobs[0] - scores.logprobs[1]
-            readings.append(_Reading(_sign(margin), margin=margin))
+            readings.append(_read_margin(*scores.logprobs))
     return readings
+
+
+def _read_margin(a: float, b: float) -> _Reading:
+    margin = a - b
+    if not math.isfinite(margin):
+        detail = f"log p is {a} of the answer A and {b} of B"
+        return _Reading(None, Failure.NOT_FINITE, detail)
+    return _Reading(_sign(margin), margin=margin)
 
 
 def _sign(margin: float) -> Verdict:

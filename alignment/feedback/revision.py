@@ -131,9 +131,11 @@ def _criticise(
     replies = chat_model.reply(asked, seed=seed, **sampling)
     for item, reply in zip(items, replies, strict=True):
         item.critique = (reply.text or "").strip()
-        if reply.text is None:
+        if item.critique:
+            continue
+        if reply.failure:
             item.failure, item.detail = reply.failure, f"critique: {reply.detail}"
-        elif not item.critique:
+        else:
             item.failure, item.detail = Failure.UNPARSEABLE, "the critique is empty"
 
 

@@ -175,6 +175,8 @@ def test_an_item_that_fails_goes_no_further_and_the_others_do(tmp_path: Path) ->
             return Reply(None, Failure.TIMEOUT, "60 s")
         if question == "long critique" and critique:
             return Reply("it is", Failure.CUT_OFF, "limit")
+        if question == "only thoughts" and critique:
+            return Reply("", Failure.CUT_OFF, "limit")
         if question == "blank critique" and critique:
             return " \n"
         if question == "long revision" and not critique:
@@ -189,6 +191,7 @@ def test_an_item_that_fails_goes_no_further_and_the_others_do(tmp_path: Path) ->
     questions = [
         "no critique",
         "long critique",
+        "only thoughts",
         "blank critique",
         "long revision",
         "blank revision",
@@ -206,15 +209,17 @@ def test_an_item_that_fails_goes_no_further_and_the_others_do(tmp_path: Path) ->
     )
     by_question = dict(zip(questions, found, strict=True))
     failures = [revision.failure for revision in found]
-    assert failures == ["timeout", "", "unparseable", "cut_off", "unparseable", "refused", ""]
-    assert [len(call) for call in author.calls] == [7, 5, 3, 2]
+    assert failures[:3] == ["timeout", "", "cut_off"]
+    assert failures[3:] == ["unparseable", "cut_off", "unparseable", "refused", ""]
+    assert [len(call) for call in author.calls] == [8, 5, 3, 2]
     assert by_question["no critique"].detail == "critique: 60 s"
+    assert by_question["only thoughts"].detail == "critique: limit"
     assert by_question["long revision"].final is None
     assert by_question["long critique"].steps[0] == RevisionStep("kind", "it is", "better")
     assert by_question["second round"].steps == (RevisionStep("kind", "bad", "better"),)
     assert by_question["second round"].final is None
     assert by_question["fine"].final == "better"
-    with pytest.raises(AlignmentError, match=r"5 of 7 failed.*unparseable: 2"):
+    with pytest.raises(AlignmentError, match=r"6 of 8 failed.*unparseable: 2"):
         check_failures(found, 0.5, "revisions")
 
 

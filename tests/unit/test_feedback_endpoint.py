@@ -106,6 +106,9 @@ def test_nothing_asked_nothing_sent() -> None:
         (raw(b"<html>Bad gateway", 502), Failure.UNAVAILABLE, "HTTP 502: '<html>Bad gateway'"),
         (reset, Failure.UNREACHABLE, "Error"),
         (half, Failure.UNREACHABLE, "Error"),
+        (says("half a", "error"), Failure.UNAVAILABLE, "broke its answer off: finish_reason 'er"),
+        (says("half a", "abort"), Failure.UNAVAILABLE, "finish_reason 'abort'"),
+        (says(None, "insufficient_system_resource"), Failure.UNAVAILABLE, "'insufficient_sys"),
     ],
 )
 def test_what_may_pass_is_tried_again_and_then_named(
@@ -141,6 +144,8 @@ def test_a_second_attempt_succeeds(behaviour: Behaviour) -> None:
         (raw(b'{"choices": []}'), Failure.GARBAGE, "not a chat completion"),
         (raw(b"[" * 100_000), Failure.GARBAGE, "not a chat completion"),
         (says(None), Failure.GARBAGE, "without a text"),
+        (says(None, "tool_calls"), Failure.GARBAGE, "without a text"),
+        (says("I look it up", "tool_calls"), Failure.GARBAGE, "without a text"),
         (raw(b'{"choices":[{"message":{"content":"\\ud800"}}]}'), Failure.GARBAGE, "without"),
         (raw(b"not gzip", Content_Encoding="gzip"), Failure.GARBAGE, "decompressed"),
         (raw(gzip.compress(bytes(20_000_000)), Content_Encoding="gzip"), Failure.GARBAGE, "over"),
@@ -161,6 +166,23 @@ def test_an_answer_that_was_cut_off_keeps_its_text() -> None:
         (reply,) = ask(server.url)
     assert (reply.text, reply.failure) == ("half a", Failure.CUT_OFF)
     assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_model_that_only_thought_until_the_limit_was_cut_off(text: str | None) -> None:
+    with serving(says(text, "length", reasoning_content="Let me see")) as server:
+        (reply,) = ask(server.url, retries=2)
+    assert reply.text == ""
+    assert reply.failure is Failure.CUT_OFF
+    assert len(server.bodies) == 1
+    with pytest.raises(AlignmentError, match="allow more new tokens"):
+        check_failures([reply])
+
+
+@pytest.mark.parametrize("reason", ["stop", None, "eos", "eos_token", "stop_sequence", "end_turn"])
+def test_the_ends_of_a_whole_answer_by_any_name(reason: str | None) -> None:
+    with serving(says("fine", reason)) as server:
+        assert ask(server.url, retries=0) == [Reply("fine")]
 
 
 @pytest.mark.parametrize("behaviour", [slow(6.0, says("late")), dripping])
@@ -279,10 +301,11 @@ def test_another_model_address_or_message_is_another_entry(tmp_path: Path) -> No
 
 
 def test_only_usable_replies_are_cached(tmp_path: Path) -> None:
-    with serving(says("half", "length"), error(400, "no"), says("whole")) as server:
-        answers = [ask(server.url, cache=tmp_path / "c", retries=0)[0] for _ in range(4)]
-    assert [reply.failure for reply in answers] == ["cut_off", "refused", "", ""]
-    assert len(server.bodies) == 3
+    script = [says("half", "length"), error(400, "no"), says("half", "error"), says("whole")]
+    with serving(*script) as server:
+        answers = [ask(server.url, cache=tmp_path / "c", retries=0)[0] for _ in range(5)]
+    assert [reply.failure for reply in answers] == ["cut_off", "refused", "unavailable", "", ""]
+    assert len(server.bodies) == 4
 
 
 def test_many_threads_share_a_cache(tmp_path: Path) -> None:

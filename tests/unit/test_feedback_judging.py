@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from alignment.feedback.agreement import agreement
-from alignment.feedback.chat_model import ContinuationScores, Conversation, Failure, Reply
+from alignment.feedback.chat_model import (
+    ContinuationScores,
+    Conversation,
+    Failure,
+    Reply,
+    check_failures,
+)
 from alignment.feedback.endpoint import EndpointChatModel
 from alignment.feedback.judging import Judgement, Preference, Verdict, judge_pairs, parse_verdict
-from alignment.types import UserInputError
+from alignment.types import AlignmentError, UserInputError
 
 QUESTION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}]
 
@@ -212,6 +219,21 @@ def test_margins_of_zero_are_ties_and_failures_stay_failures() -> None:
         verdict="logprobs",
     )
     assert failed == Judgement(None, False, Failure.REFUSED, ("first", None), None, "too long")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(math.nan, -1.0), (-1.0, math.nan), (-math.inf, -math.inf), (-1.0, -math.inf)]
+)
+def test_log_probabilities_that_are_not_finite_are_no_verdict(a: float, b: float) -> None:
+    judge = ScoringJudge(lambda text: (a, b) if shown_first(text) == "bad" else (-1.0, -2.0))
+    items = [(QUESTION, "good", "bad"), (QUESTION, "good", "fine")]
+    bad, sound = judge_pairs(judge, items, principle="p", seed=0, verdict="logprobs")
+    assert (bad.failure, bad.preferred, bad.margin) == (Failure.NOT_FINITE, None, None)
+    assert bad.verdicts == ("first", None)
+    assert bad.detail == f"log p is {a} of the answer A and {b} of B"
+    assert sound.failure is Failure.NONE
+    with pytest.raises(AlignmentError, match=r"not_finite: 1.*judge\.dtype: float32"):
+        check_failures([bad, sound], 0.2)
 
 
 def test_an_endpoint_has_no_log_probabilities() -> None:

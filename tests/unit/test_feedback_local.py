@@ -161,6 +161,18 @@ def test_a_local_judge_is_antisymmetric_in_its_margin(chat: LocalChatModel) -> N
     assert abs(there.margin) > 1e-3
 
 
+def test_a_model_of_nan_weights_gives_no_verdicts(tmp_path: Path) -> None:
+    broken = tiny(tmp_path)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(float("nan"))
+    tokenizer = byte_tokenizer(context=CONTEXT)
+    engine = NativeEngine(broken, tokenizer)
+    chat = LocalChatModel(engine, tokenizer, logprobs=model_logprobs(broken))
+    items = [(says("q"), "one", "two"), (says("r"), "one", "two")]
+    judged = judge_pairs(chat, items, principle="p", seed=0, verdict="logprobs")
+    assert [judgement.failure for judgement in judged] == [Failure.NOT_FINITE] * 2
+
+
 # --- a real server -------------------------------------------------------------------------------
 
 
