@@ -126,6 +126,16 @@ def dripping(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
+def dripping_headers(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+    """As `dripping`, within the headers."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    for _ in range(300):
+        handler.wfile.write(b"x")
+        handler.wfile.flush()
+        time.sleep(0.02)
+    handler.close_connection = True
+
+
 def reset(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
     """Break the connection (RST) instead of answering."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -3,6 +3,7 @@
 Each conversation is one `POST {base_url}/chat/completions`, several at a time. What happens to it:
 
 * a reply in the cache is taken from there, and nothing is sent;
+* an attempt that has no whole answer by its deadline is given up, whatever it waits for then;
 * connection errors, time-outs and the statuses 408, 409, 429 and 5xx are tried again after
   `backoff_seconds * 2**k`, times a jitter in [0.5, 1], or after what Retry-After asks for;
 * any other status is a refusal with the server's message, and an answer that is not a chat
@@ -12,14 +13,12 @@ Each conversation is one `POST {base_url}/chat/completions`, several at a time. 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import random
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +28,13 @@ from alignment.activity import ACTIVITY
 from alignment.feedback.cache import ReplyCache
 from alignment.feedback.chat_model import Conversation, Failure, Reply, derived_seed, occurrences
 from alignment.feedback.completions import Attempt, failed, read_answer
+from alignment.feedback.event_loop import run_to_end
 from alignment.types import UserInputError
 
 _MOST_BYTES = 16 * 2**20  # of an answer
 _CACHE_FORMAT = 1  # raised when the meaning of the cache's keys changes
 _NOBODY_THERE = 8  # conversations in a row
+_NOT_ALLOWED = (401, 403)
 
 
 class EndpointChatModel:
@@ -44,7 +45,7 @@ class EndpointChatModel:
         model: the model's name there.
         api_key_variable: the environment variable with the key; where it is not set, no key is
             sent. The key itself is in no message, log, recipe or cache.
-        timeout_seconds: of one attempt. A server that sends its answer bit by bit is cut off, too.
+        timeout_seconds: of one attempt, from looking the address up to the last byte.
         retries: attempts after the first.
         backoff_seconds: see the module.
         max_wait_seconds: longest wait between attempts; a server that asks for a longer one
@@ -77,6 +78,7 @@ class EndpointChatModel:
         self.name = f"{model} at {self._base_url}"
         _check_numbers(timeout_seconds, retries, backoff_seconds, max_wait_seconds, max_in_flight)
         self._key = _key_of(api_key_variable)
+        self._no_key = f"no key was sent: the environment variable {api_key_variable} is not set"
         self._timeout_seconds = timeout_seconds
         self._retries = retries
         self._backoff_seconds = backoff_seconds
@@ -84,11 +86,7 @@ class EndpointChatModel:
         self._max_in_flight = max_in_flight
         self._token_limit_key = token_limit_key
         self._cache = None if cache is None else ReplyCache(cache)
-        self._client = httpx.Client(
-            timeout=timeout_seconds,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
-        )
+        self._tls = httpx.create_ssl_context()
 
     def reply(
         self,
@@ -119,79 +117,98 @@ class EndpointChatModel:
                 conversations, occurrences(conversations), strict=True
             )
         ]
-        call = _Call()
-        with ThreadPoolExecutor(self._max_in_flight) as threads:
-            futures = [threads.submit(self._answer, body, call) for body in bodies]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                call.interrupted.set()
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+        return run_to_end(self._replies(bodies)) if bodies else []
 
     def close(self) -> None:
-        """Close the connections and the cache."""
-        self._client.close()
+        """Close the cache."""
         if self._cache is not None:
             self._cache.close()
 
-    def _answer(self, body: dict[str, Any], call: _Call) -> Reply:
+    async def _replies(self, bodies: Sequence[dict[str, Any]]) -> list[Reply]:
+        async with self._client() as client:
+            call = _Call(client, self._max_in_flight)
+            tasks = [asyncio.create_task(self._answer(body, call)) for body in bodies]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:  # where one raised or the call was interrupted, others are still under way
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+
+    def _client(self) -> httpx.AsyncClient:
+        keep = self._max_in_flight
+        return httpx.AsyncClient(
+            timeout=None,  # an attempt has a deadline of its own
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=keep),
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
+            verify=self._tls,
+        )
+
+    async def _answer(self, body: dict[str, Any], call: _Call) -> Reply:
         """The reply to one request: from the cache, or else from the server."""
         try:
             content = json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             return Reply(None, Failure.REFUSED, f"the request cannot be written as JSON: {error}")
         key = _cache_key(self._base_url, body)
-        text = self._cache.get(key) if self._cache else None
-        if text is not None:
-            return Reply(text)
-        if call.nobody_there:
-            return Reply(None, Failure.UNREACHABLE, f"not tried: nobody answers at {self.name}")
-        reply = self._persist(content, random.Random(key), call)
-        call.count(reply)
+        async with call.slots:
+            text = self._cache.get(key) if self._cache else None
+            if text is not None:
+                return Reply(text)
+            if call.nobody_there:
+                return Reply(None, Failure.UNREACHABLE, f"not tried: nobody answers at {self.name}")
+            reply = await self._persist(content, random.Random(key), call.client)
+            call.count(reply)
         if self._cache is None or reply.failure or reply.text is None:
             return reply
         return Reply(self._cache.put(key, reply.text))
 
-    def _persist(self, content: bytes, jitter: random.Random, call: _Call) -> Reply:
+    async def _persist(
+        self, content: bytes, jitter: random.Random, client: httpx.AsyncClient
+    ) -> Reply:
         """Attempt after attempt until one settles it."""
         n_attempts = 0
         while True:
-            attempt = self._attempt(content)
+            attempt = await self._attempt(content, client)
             n_attempts += 1
             wait = self._backoff_seconds * 2 ** (n_attempts - 1) * jitter.uniform(0.5, 1.0)
             wait = max(min(wait, self._max_wait_seconds), attempt.retry_after)
             too_long = wait > self._max_wait_seconds
             if not attempt.again or n_attempts > self._retries or too_long:
                 break
-            if call.pause(wait):
-                break
+            await _pause(wait)
         return self._described(attempt.reply, n_attempts)
 
-    def _attempt(self, content: bytes) -> Attempt:
-        deadline = time.monotonic() + self._timeout_seconds
-        late = f"no answer within {self._timeout_seconds:g} seconds"
-        body = bytearray()
+    async def _attempt(self, content: bytes, client: httpx.AsyncClient) -> Attempt:
+        """One request, given up at its deadline whatever it waits for then."""
+        ACTIVITY.move()
         try:
-            with self._client.stream(
-                "POST",
-                f"{self._base_url}/chat/completions",
-                content=content,
-                headers={"Content-Type": "application/json"},
-            ) as response:
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    if len(body) > _MOST_BYTES:
-                        return failed(Failure.GARBAGE, f"an answer of over {_MOST_BYTES} bytes")
-                    if time.monotonic() > deadline:
-                        return failed(Failure.TIMEOUT, late, again=True)
-            return read_answer(response.status_code, response.headers, bytes(body))
-        except httpx.TimeoutException as error:
-            return failed(Failure.TIMEOUT, f"{late} ({type(error).__name__})", again=True)
+            async with asyncio.timeout(self._timeout_seconds):
+                return await self._post(content, client)
+        except TimeoutError:
+            late = f"no answer within {self._timeout_seconds:g} seconds"
+            return failed(Failure.TIMEOUT, late, again=True)
         except httpx.DecodingError as error:
             return failed(Failure.GARBAGE, f"an answer that cannot be decompressed: {error}")
         except httpx.HTTPError as error:
-            return failed(Failure.UNREACHABLE, f"{type(error).__name__}: {error}", again=True)
+            return failed(Failure.UNREACHABLE, _with_cause(error), again=True)
+
+    async def _post(self, content: bytes, client: httpx.AsyncClient) -> Attempt:
+        body = bytearray()
+        async with client.stream(
+            "POST",
+            f"{self._base_url}/chat/completions",
+            content=content,
+            headers={"Content-Type": "application/json"},
+        ) as response:
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > _MOST_BYTES:
+                    return failed(Failure.GARBAGE, f"an answer of over {_MOST_BYTES} bytes")
+        attempt = read_answer(response.status_code, response.headers, bytes(body))
+        if response.status_code in _NOT_ALLOWED and not self._key:
+            return failed(Failure.REFUSED, f"{attempt.reply.detail}; {self._no_key}")
+        return attempt
 
     def _described(self, reply: Reply, n_attempts: int) -> Reply:
         """A failed reply that names the endpoint and what was tried, and never the key."""
@@ -205,29 +222,38 @@ class EndpointChatModel:
 
 
 class _Call:
-    """What the requests of one call know of each other.
+    """What the requests of one call share.
 
-    interrupted: set where the caller no longer waits for replies.
+    slots: taken by the conversations that are under way.
     """
 
-    def __init__(self) -> None:
-        self.interrupted = threading.Event()
-        self._lock = threading.Lock()
+    def __init__(self, client: httpx.AsyncClient, max_in_flight: int) -> None:
+        self.client = client
+        self.slots = asyncio.Semaphore(max_in_flight)
         self._lost_in_a_row = 0
 
     @property
     def nobody_there(self) -> bool:
         return self._lost_in_a_row >= _NOBODY_THERE
 
-    def pause(self, seconds: float) -> bool:
-        """Wait; True where the caller gave up meanwhile."""
-        return self.interrupted.wait(seconds)
-
     def count(self, reply: Reply) -> None:
         ACTIVITY.move()
-        with self._lock:
-            lost = reply.failure is Failure.UNREACHABLE
-            self._lost_in_a_row = self._lost_in_a_row + 1 if lost else 0
+        lost = reply.failure is Failure.UNREACHABLE
+        self._lost_in_a_row = self._lost_in_a_row + 1 if lost else 0
+
+
+async def _pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+def _with_cause(error: Exception) -> str:
+    """An error with what it came from, such as "ConnectError: [Errno 111] Connection refused"."""
+    cause: BaseException = error
+    while (before := cause.__cause__ or cause.__context__) is not None:
+        cause = before
+    if isinstance(cause, BaseExceptionGroup):  # of several addresses
+        cause = cause.exceptions[-1]
+    return f"{type(error).__name__}: {cause}"
 
 
 def _cache_key(base_url: str, body: dict[str, Any]) -> str:

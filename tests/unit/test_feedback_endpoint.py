@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import logging
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -17,6 +20,7 @@ import pytest
 from chat_server import (
     Behaviour,
     dripping,
+    dripping_headers,
     echo,
     error,
     free_port,
@@ -28,6 +32,7 @@ from chat_server import (
     slow,
 )
 
+from alignment.activity import Activity
 from alignment.feedback import endpoint
 from alignment.feedback.cache import ReplyCache
 from alignment.feedback.chat_model import Failure, Reply, check_failures
@@ -185,12 +190,12 @@ def test_the_ends_of_a_whole_answer_by_any_name(reason: str | None) -> None:
         assert ask(server.url, retries=0) == [Reply("fine")]
 
 
-@pytest.mark.parametrize("behaviour", [slow(6.0, says("late")), dripping])
+@pytest.mark.parametrize("behaviour", [slow(6.0, says("late")), dripping, dripping_headers])
 def test_a_server_that_takes_too_long_is_a_timeout(behaviour: Behaviour) -> None:
     with serving(behaviour) as server:
         start = time.monotonic()
         (reply,) = ask(server.url, timeout_seconds=0.15, retries=1)
-        assert time.monotonic() - start < 3.0
+        assert time.monotonic() - start < 2.0
     assert reply.failure is Failure.TIMEOUT
     assert "no answer within 0.15 seconds" in reply.detail
     assert len(server.bodies) == 2
@@ -199,6 +204,12 @@ def test_a_server_that_takes_too_long_is_a_timeout(behaviour: Behaviour) -> None
 def test_a_slow_first_answer_is_made_up_for_by_a_second() -> None:
     with serving(slow(6.0, says("late")), says("in time")) as server:
         assert ask(server.url, timeout_seconds=0.15) == [Reply("in time")]
+
+
+def test_a_connection_that_was_given_up_is_used_for_nothing_else() -> None:
+    with serving(says("one"), dripping_headers, says("two"), says("three")) as server:
+        found = ask(server.url, "a", "b", "c", timeout_seconds=0.3, max_in_flight=1)
+    assert found == [Reply("one"), Reply("two"), Reply("three")]
 
 
 def test_one_failure_leaves_the_others_alone() -> None:
@@ -227,6 +238,68 @@ def test_nobody_there_is_found_out_once_and_not_for_every_conversation() -> None
     tried = [reply for reply in replies if "attempts: 2" in reply.detail]
     assert 8 <= len(tried) <= 9
     assert replies[-1].detail == f"not tried: nobody answers at m at {url}"
+    assert "ConnectError: [Errno 111] " in tried[0].detail
+
+
+def test_each_attempt_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[float] = []
+    monkeypatch.setattr(Activity, "move", lambda note: moves.append(time.monotonic()))
+    with serving(error(500, "x")) as server:
+        ask(server.url, retries=2)
+    assert len(moves) == 3 + 1  # attempts, and the conversation
+
+
+# --- interrupted ---------------------------------------------------------------------------------
+
+ASKER = """
+import sys
+from alignment.feedback.endpoint import EndpointChatModel
+model = EndpointChatModel(sys.argv[1], "m", max_in_flight=2)
+asked = [[{"role": "user", "content": str(i)}] for i in range(4)]
+model.reply(asked, max_new_tokens=1, temperature=0.0, seed=0)
+"""
+
+
+def test_an_interrupted_process_ends_without_its_replies() -> None:
+    with serving(slow(30.0, echo)) as server:
+        asker = subprocess.Popen(
+            [sys.executable, "-c", ASKER, server.url], stderr=subprocess.PIPE, text=True
+        )
+        while server.in_flight < 2:
+            time.sleep(0.02)
+        asker.send_signal(signal.SIGINT)
+        try:
+            _, said = asker.communicate(timeout=10.0)
+        finally:
+            asker.kill()
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert asker.returncode == -signal.SIGINT
+    assert len(server.bodies) == 2
+
+
+def test_an_interrupted_call_sends_nothing_more() -> None:
+    main = threading.get_ident()
+    with serving(slow(1.0, error(500, "x"))) as server:
+
+        def interrupt() -> None:
+            while server.in_flight < 2:
+                time.sleep(0.01)
+            signal.pthread_kill(main, signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            ask(server.url, "a", "b", "c", max_in_flight=2)
+        assert server.in_flight == 2  # nobody waited for them
+        time.sleep(1.2)
+        assert len(server.bodies) == 2
+
+
+def test_a_caller_with_an_event_loop_gets_its_replies() -> None:
+    async def cell() -> list[Reply]:
+        return ask(server.url)
+
+    with serving(says("fine")) as server:
+        assert asyncio.run(cell()) == [Reply("fine")]
 
 
 # --- waiting -------------------------------------------------------------------------------------
@@ -253,7 +326,11 @@ def test_a_wait_longer_than_allowed_is_not_waited_for() -> None:
 
 def test_waits_double_within_their_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(endpoint._Call, "pause", lambda call, seconds: waits.append(seconds))
+
+    async def pause(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(endpoint, "_pause", pause)
     with serving(error(500, "x")) as server:
         ask(server.url, backoff_seconds=0.5, retries=8, max_wait_seconds=20.0)
         ask(server.url, backoff_seconds=0.5, retries=8, max_wait_seconds=20.0)
@@ -361,6 +438,17 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
         ReplyCache(tmp_path)
 
 
+def test_a_cache_that_cannot_be_read_ends_the_call(tmp_path: Path) -> None:
+    with serving(slow(0.2, echo)) as server:
+        model = EndpointChatModel(server.url, "m", cache=tmp_path / "c")
+        other = sqlite3.connect(tmp_path / "c")
+        other.execute("DROP TABLE replies")
+        other.close()
+        with pytest.raises(UserInputError, match="cannot be used"):
+            model.reply([HELLO, HELLO], max_new_tokens=1, temperature=0.0, seed=0)
+    assert server.bodies == []
+
+
 def test_a_cache_that_cannot_be_written_keeps_the_reply_and_warns_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -395,6 +483,19 @@ def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(says("fine")) as server:
         ask(server.url)
     assert server.keys == [None]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_says_that_no_key_was_sent(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with serving(error(status, "who are you")) as server:
+        (without,) = ask(server.url, api_key_variable="MY_KEY")
+        monkeypatch.setenv("MY_KEY", "sekret")
+        (with_key,) = ask(server.url, api_key_variable="MY_KEY")
+    said = f"HTTP {status}: who are you"
+    no_key = "no key was sent: the environment variable MY_KEY is not set"
+    assert without.detail.endswith(f"{said}; {no_key}")
+    assert with_key.detail.endswith(said)
 
 
 def test_a_key_with_a_line_break_is_refused_without_showing_it(
