@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+from alignment.config.methods.feedback import EnvironmentVariable
 from alignment.data.formats import Turns, prompt_of
 from alignment.feedback.chat_model import Failure, Reply, transcript
 from alignment.feedback.endpoint import EndpointChatModel
@@ -27,10 +29,10 @@ _SHOWN = """An answer to a conversation is graded.
 
 Grade the answer from {low:g} (worst) to {high:g} (best). Reply with the number and nothing else."""
 
-_GRADE = re.compile(
-    r"(?:(?i:score|grade|rating)(?:\s*:\s*|\s+))?(-?\d+(?:\.\d+)?)(?:\s*/\s*(-?\d+(?:\.\d+)?))?"
-)
-_AROUND = " \t\r\n*_`\"'()[]."
+_NUMBER = r"(-?(?:\d+(?:\.\d+)?|\.\d+))"
+_GRADE = re.compile(rf"(?:(?i:score|grade|rating)(?:\s*:\s*|\s+))?{_NUMBER}(?:\s*/\s*{_NUMBER})?")
+_BEFORE = " \t\r\n*_`\"'()[]"
+_AFTER = _BEFORE + "."  # before a number a point belongs to it
 _COLUMNS = ("prompt", "question", "messages")
 
 
@@ -54,6 +56,7 @@ class JudgeReward:
         timeout_seconds: time for one request.
         retries: further attempts after a time-out, a broken connection, or a server that is busy.
         max_in_flight: requests at the same time.
+        token_limit_key: what the server calls the limit of new tokens.
         cache: file that keeps the judge's replies, so that the same answer is graded once.
 
     Raises:
@@ -67,13 +70,14 @@ class JudgeReward:
         model: str,
         rubric: str = _RUBRIC,
         scale: tuple[float, float] = (1.0, 10.0),
-        api_key_variable: str = "OPENAI_API_KEY",
+        api_key_variable: EnvironmentVariable = "OPENAI_API_KEY",
         max_new_tokens: int = 16,
         temperature: float = 0.0,
         seed: int = 0,
         timeout_seconds: float = 60.0,
         retries: int = 4,
         max_in_flight: int = 8,
+        token_limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         cache: Path | None = None,
     ) -> None:
         if not scale[0] < scale[1]:
@@ -93,6 +97,7 @@ class JudgeReward:
             timeout_seconds=timeout_seconds,
             retries=retries,
             max_in_flight=max_in_flight,
+            token_limit_key=token_limit_key,
             cache=cache,
         )
 
@@ -139,7 +144,8 @@ def parse_grade(text: str, scale: tuple[float, float]) -> float | None:
 
     That is a number on the scale ("7", "7/10") as the whole reply, or in a last line "Score: 7".
     """
-    lines = [line.strip(_AROUND) for line in text.splitlines() if line.strip(_AROUND)]
+    stripped = (line.lstrip(_BEFORE).rstrip(_AFTER) for line in text.splitlines())
+    lines = [line for line in stripped if line]
     found = _GRADE.fullmatch(lines[-1]) if lines else None
     if found is None or (len(lines) > 1 and not lines[-1][0].isalpha()):
         return None

@@ -72,7 +72,8 @@ def _detail(line: Any, keys: Mapping[str, str]) -> InitErrorDetails:
     return InitErrorDetails(
         type=PydanticCustomError(line["type"], line["msg"], context),
         loc=line["loc"],
-        input=line["input"],
+        # A problem says it all, and may be about a value that is nobody's business.
+        input=None if line["type"] == PROBLEM else line["input"],
     )
 
 

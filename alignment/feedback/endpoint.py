@@ -25,6 +25,7 @@ from typing import Any, Literal
 import httpx2 as httpx
 
 from alignment.activity import ACTIVITY
+from alignment.config.methods.feedback import NOT_A_VARIABLE, VARIABLE_NAME
 from alignment.feedback.cache import ReplyCache
 from alignment.feedback.chat_model import Conversation, Failure, Reply, derived_seed, occurrences
 from alignment.feedback.completions import Attempt, failed, read_answer
@@ -298,6 +299,8 @@ def _check_numbers(
 
 
 def _key_of(variable: str) -> str:
+    if not VARIABLE_NAME.fullmatch(variable):
+        raise UserInputError(f"api_key_variable: {NOT_A_VARIABLE}")
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserInputError(

@@ -42,6 +42,8 @@ class LocalChatModel:
             conversation that leaves no room is refused.
         logprobs: needed by `score` only, such as `model_logprobs(model)`.
         template_options: keyword arguments that the chat template understands.
+        name: what messages call it.
+        template_remedy: what to do about a tokenizer without a chat template, for the message.
 
     Raises:
         UserInputError: the tokenizer has no chat template.
@@ -56,6 +58,7 @@ class LocalChatModel:
         logprobs: Logprobs | None = None,
         template_options: Mapping[str, Any] | None = None,
         name: str = "the local model",
+        template_remedy: str = "give the tokenizer one, or use another model",
     ) -> None:
         self.name = name
         self._engine = engine
@@ -65,8 +68,8 @@ class LocalChatModel:
         self._logprobs = logprobs
         if not self._encoder.has_template:
             raise UserInputError(
-                f"{name} cannot hold a conversation: its tokenizer has no chat template; set "
-                "model.chat_template, or use another model"
+                f"{name} cannot hold a conversation: its tokenizer has no chat template; "
+                f"{template_remedy}"
             )
 
     def reply(

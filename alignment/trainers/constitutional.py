@@ -127,7 +127,7 @@ def row_of(item: RewardedCompletion, revision: Revision) -> Row:
         "prompt": prompt_column(item.prompt.row),
         "completion": revision.final,
         "chosen": revision.final,
-        "rejected": revision.response,
+        "rejected": revision.response.strip(),  # as revisions are: white space is no difference
         "initial": revision.response,
         "principles": [step.principle for step in revision.steps],
         "critiques": [step.critique for step in revision.steps],

@@ -71,6 +71,7 @@ def _policy(context: TrainingContext, _: ChatModelConfig) -> ChatModel:
         context=_context_length(context.policy.model),
         logprobs=lambda samples: context.policy.logprobs(samples, budget),
         name="the policy",
+        template_remedy="set model.chat_template, or use another judge (algorithm.judge)",
     )
 
 
@@ -87,6 +88,8 @@ def _local(context: TrainingContext, config: ChatModelConfig) -> ChatModel:
         context=_context_length(model),
         logprobs=model_logprobs(model, recipe.optim.micro_batch_tokens),
         name=config.path,
+        template_remedy="use another model (algorithm.judge.path), or a copy of this one with a "
+        "chat_template.jinja in its folder",
     )
 
 

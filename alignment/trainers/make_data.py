@@ -26,12 +26,14 @@ from alignment.types import Prompt, RewardedCompletion, Rollout, StopReason
 Row = dict[str, Any]
 Group = Sequence[RewardedCompletion]
 
+_UNUSABLE = ("blank", "cut_off", "failed")  # failed: the grader
+
 
 def demonstrations(
     group: Group, config: RejectionSamplingConfig, _: int, metrics: MetricSums
 ) -> list[Row]:
     """The best completions of a prompt, the earlier of two equal ones first."""
-    usable = _usable(group, config.keep_cut_off)
+    usable = _usable(group, config.keep_cut_off, metrics)
     good = [item for item in usable if config.minimum is None or item.reward >= config.minimum]
     good.sort(key=lambda item: -item.reward)
     kept = good[: config.keep]
@@ -43,7 +45,9 @@ def preferences(
     group: Group, config: PreferenceSamplingConfig, seed: int, metrics: MetricSums
 ) -> list[Row]:
     """Labelled pairs of a prompt's completions."""
-    usable = _usable(group, config.keep_cut_off)
+    usable = _usable(group, config.keep_cut_off, metrics)
+    alone = len(usable) % 2 if config.pairs == "neighbours" else len(usable) == 1
+    metrics.add_count("made/left_out/unpaired", float(alone))
     rows = []
     for number, (one, other) in enumerate(_PAIRINGS[config.pairs](usable)):
         tied = abs(one.reward - other.reward) <= config.min_gap
@@ -128,15 +132,21 @@ class DataMaker:
         self.monitor.load_state_dict(state["monitor"])
 
 
-def _usable(group: Group, keep_cut_off: bool) -> list[Any]:
+def _usable(group: Group, keep_cut_off: bool, metrics: MetricSums) -> list[Any]:
     """Completions with a reward and something to say; without those cut off, unless wanted."""
-    return [
-        item
-        for item in group
-        if item.reward is not None
-        and item.completion.text.strip()
-        and (keep_cut_off or item.completion.stop_reason is StopReason.STOP)
-    ]
+    reasons = [_why_unusable(item, keep_cut_off) for item in group]
+    for reason in _UNUSABLE:
+        metrics.add_count(f"made/left_out/{reason}", reasons.count(reason))
+    return [item for item, reason in zip(group, reasons, strict=True) if not reason]
+
+
+def _why_unusable(item: RewardedCompletion, keep_cut_off: bool) -> str:
+    """One of `_UNUSABLE`, or "" for a completion that can come into a row."""
+    if not item.completion.text.strip():
+        return "blank"
+    if item.completion.stop_reason is not StopReason.STOP and not keep_cut_off:
+        return "cut_off"
+    return "failed" if item.reward is None else ""
 
 
 def _neighbours(items: Group) -> list[tuple[Any, Any]]:

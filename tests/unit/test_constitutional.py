@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_server import error, says, serving
 from feedback_runs import (
+    DATA,
     answering,
     context_of,
     endpoint,
@@ -29,10 +32,15 @@ from alignment.data.pairs import build_pairs
 from alignment.data.samples import build_samples
 from alignment.feedback.chat_model import Failure
 from alignment.feedback.revision import Revision, RevisionStep
-from alignment.modeling.tiny import byte_tokenizer
+from alignment.modeling.tiny import build_tiny, byte_tokenizer
 from alignment.runs.checkpoint import list_checkpoints
 from alignment.runs.directory import RunDirectory
-from alignment.trainers.constitutional import ConstitutionalMaker, why_left_out, why_unfit
+from alignment.trainers.constitutional import (
+    ConstitutionalMaker,
+    row_of,
+    why_left_out,
+    why_unfit,
+)
 from alignment.trainers.feedback import CACHE_FILE
 from alignment.trainers.loop import Loop
 from alignment.types import (
@@ -90,7 +98,8 @@ def test_rows_are_the_revisions_and_the_rest_is_counted_by_reason(tmp_path: Path
         question = sample["prompt"].split("user\n")[1].split("<|im_end|>")[0]
         assert row["prompt"] == question
         assert row["completion"] == row["chosen"] == f"{question[-2]} it is"
-        assert row["rejected"] == row["initial"] == sample["completion"]
+        assert row["initial"] == sample["completion"]
+        assert row["rejected"] == sample["completion"].strip()
         assert row["critiques"] == ["hm"]
         assert row["principles"][0] in ("right", "brief", "clear")
     for reason in ("blank", "cut_off", "failed", "unchanged"):
@@ -188,6 +197,13 @@ def test_why_an_answer_gives_no_row(
     assert bool(unfit) == (reason in ("blank", "cut_off"))
 
 
+def test_white_space_does_not_tell_the_sides_apart() -> None:
+    revision = Revision("\n a \n", (RevisionStep("p", "c", "b"),))
+    answer = replace(item("\n a \n"), prompt=Prompt((1,), "p", 0, {"question": "q"}))
+    row = row_of(answer, revision)
+    assert (row["chosen"], row["rejected"], row["initial"]) == ("b", "a", "\n a \n")
+
+
 def test_an_endpoint_that_is_down_stops_the_run_naming_the_class(tmp_path: Path) -> None:
     with (
         serving(error(503, "overloaded")) as server,
@@ -218,6 +234,19 @@ def test_a_local_model_with_the_policys_weights_says_what_the_policy_says(tmp_pa
     judge = "algorithm.judge={kind: local, path: tiny-random, max_new_tokens: 64}"
     local = run("constitutional", tmp_path / "local", *settings, judge)
     assert rows_of(policy) == rows_of(local) != []
+
+
+def test_a_local_judge_without_a_chat_template_is_told_what_it_lacks(tmp_path: Path) -> None:
+    build_tiny(tmp_path / "judge")
+    for file in (tmp_path / "judge").glob("*.jinja"):
+        file.unlink()
+    judge = f"algorithm.judge={{kind: local, path: '{tmp_path / 'judge'}'}}"
+    with pytest.raises(UserInputError) as refused:
+        run("constitutional", tmp_path, judge)
+    said = str(refused.value)
+    assert "its tokenizer has no chat template" in said
+    assert "judge.path" in said
+    assert "model.chat_template" not in said
 
 
 def test_replies_are_sampled_as_the_recipe_says(tmp_path: Path) -> None:
@@ -372,6 +401,25 @@ def test_options_that_do_not_apply_are_refused(judge: str, said: str) -> None:
     with pytest.raises(UserInputError) as refused:
         load_recipe("tiny/constitutional", [f"algorithm.judge={judge}"])
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["sk-proj-1234", "$MY_KEY", "MY KEY", "1KEY", "", "KEY\\n"])
+def test_a_key_in_place_of_its_variable_is_refused_without_showing_it(
+    key: str, tmp_path: Path
+) -> None:
+    judge = f'{{kind: endpoint, base_url: "http://x", model: m, api_key_variable: "{key}"}}'
+    (tmp_path / "r.yaml").write_text(
+        f"run: {{name: r}}\nmodel: {{path: tiny-random}}\n{DATA.replace('=', ': ')}\n"
+        f"algorithm:\n  type: constitutional\n  prompts_per_step: 1\n  judge: {judge}\n"
+        "rollout: {max_new_tokens: 4}\n"
+    )
+    with pytest.raises(UserInputError) as refused:
+        load_recipe(str(tmp_path / "r.yaml"))
+    said = str(refused.value)
+    assert "algorithm.judge.api_key_variable: give the name of an environment variable" in said
+    shown = "".join(traceback.format_exception(refused.value))
+    assert "sk-proj" not in shown
+    assert "$MY_KEY" not in shown
 
 
 def test_rewards_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,44 @@ def test_a_cached_grade_makes_no_request(tmp_path: Path) -> None:
         ("Between\n7", None),
         ("7\nbecause", None),
         ("nan", None),
+        (".5", None),
+        ("**.5**", None),
+        ("Score: .5", None),
+        ("7.", 7.0),
+        ("(7.)", 7.0),
     ],
 )
 def test_a_grade_is_read_strictly(text: str, grade: float | None) -> None:
     assert parse_grade(text, (1.0, 10.0)) == grade
 
 
+@pytest.mark.parametrize(
+    "text", ["0.5", ".5", " **.5** ", "Score: .5", ".5/10.", "It is bad.\nGrade: .5"]
+)
+def test_a_leading_point_belongs_to_the_number(text: str) -> None:
+    assert parse_grade(text, (0.0, 10.0)) == 0.5
+
+
 def test_grades_may_be_negative() -> None:
+    assert parse_grade("-.5", (-5.0, 5.0)) == -0.5
     assert parse_grade("-3", (-5.0, 5.0)) == -3.0
+
+
+def test_the_token_limit_has_the_name_that_the_server_takes() -> None:
+    with serving(says("3")) as server:
+        graded(server.url, token_limit_key="max_completion_tokens", max_new_tokens=2000)
+    assert server.bodies[0]["max_completion_tokens"] == 2000
+    assert "max_tokens" not in server.bodies[0]
+
+
+def test_a_key_in_place_of_its_variable_is_refused_without_showing_it() -> None:
+    options = {"base_url": "http://x/v1", "model": "m", "api_key_variable": "sk-proj-1234"}
+    with pytest.raises(UserInputError, match="name of an environment variable") as refused:
+        build("reward", "judge", options)
+    assert "sk-proj" not in "".join(traceback.format_exception(refused.value))
+    with pytest.raises(UserInputError, match="name of an environment variable") as refused:
+        JudgeReward(base_url="http://x/v1", model="m", api_key_variable="sk-proj-1234")
+    assert "sk-proj" not in str(refused.value)
 
 
 def test_it_is_registered_and_takes_a_recipes_options(tmp_path: Path) -> None:

@@ -99,6 +99,33 @@ def test_ties_equal_texts_and_cut_off_completions_make_no_pair() -> None:
     assert preferences([item("a", 1.0), item("  ", 2.0)], preference(), 0, metrics) == []
 
 
+@pytest.mark.parametrize(
+    ("pairs", "texts", "left_out"),
+    [
+        ("neighbours", "abcd", {}),
+        ("best_worst", "abcd", {}),  # the two in the middle are not meant to be paired
+        ("neighbours", "ab ~?a", {"blank": 1, "cut_off": 1, "failed": 1, "unpaired": 1}),
+        ("best_worst", "ab ~?a", {"blank": 1, "cut_off": 1, "failed": 1}),
+        ("neighbours", "a   ", {"blank": 3, "unpaired": 1}),
+        ("best_worst", "a???", {"failed": 3, "unpaired": 1}),
+        ("best_worst", "~~~~", {"cut_off": 4}),
+    ],
+)
+def test_completions_that_come_into_no_pair_are_counted(
+    pairs: str, texts: str, left_out: dict[str, int]
+) -> None:
+    """Of `texts`: " " is blank, "~" cut off, "?" without a reward; the others are usable."""
+    group = [
+        item(text, None if text == "?" else float(place), cut=text == "~")
+        for place, text in enumerate(texts)
+    ]
+    metrics = MetricSums()
+    preferences(group, preference(pairs=pairs), 0, metrics)
+    reasons = ("blank", "cut_off", "failed", "unpaired")
+    counted = {name: n for name, n in metrics.counts.items() if name != "made/tied_pairs"}
+    assert counted == {f"made/left_out/{reason}": left_out.get(reason, 0) for reason in reasons}
+
+
 def chosen_share(config: PreferenceSamplingConfig, difference: float, n: int = 4000) -> float:
     """How often the first of two is chosen, over many prompts."""
     chosen = 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from alignment.config.fields import (
+    PROBLEM,
     Bool,
     Count,
     NonNegative,
@@ -20,6 +22,21 @@ from alignment.config.fields import (
 )
 from alignment.config.methods.base import MethodConfig, Needs, many
 from alignment.config.model import DType
+
+VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+NOT_A_VARIABLE = (
+    "give the name of an environment variable (letters, digits and _), and the key in that "
+    "variable; what stands here is not shown, as it may be a key"
+)
+
+
+def _checked_variable(name: str) -> str:
+    if not VARIABLE_NAME.fullmatch(name):
+        raise PydanticCustomError(PROBLEM, "{message}", {"message": NOT_A_VARIABLE})
+    return name
+
+
+EnvironmentVariable = Annotated[str, AfterValidator(_checked_variable)]
 
 _KINDS_WITH: Mapping[str, tuple[str, ...]] = {
     "path": ("local",),
@@ -56,7 +73,7 @@ class ChatModelConfig(Section):
     """Of kind endpoint: the address that `/chat/completions` is added to. Required."""
     model: str | None = Field(default=None, min_length=1)
     """Of kind endpoint: the model's name there. Required."""
-    api_key_variable: str = "OPENAI_API_KEY"
+    api_key_variable: EnvironmentVariable = "OPENAI_API_KEY"
     """Of kind endpoint: the environment variable with the key; no key is sent where it is not set.
     The key itself is never part of a recipe."""
     timeout_seconds: Positive = 60.0
