@@ -21,8 +21,8 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
     loop = asyncio.new_event_loop()
     task = loop.create_task(work)
     thread = threading.Thread(target=_run, args=(loop, task), name="requests", daemon=True)
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except BaseException:
         with suppress(RuntimeError):  # it ended meanwhile, and the loop is closed

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -385,12 +386,19 @@ def test_only_usable_replies_are_cached(tmp_path: Path) -> None:
     assert len(server.bodies) == 4
 
 
-def test_many_threads_share_a_cache(tmp_path: Path) -> None:
-    texts = [str(i) for i in range(100)]
+def test_many_threads_share_a_model_and_its_cache(tmp_path: Path) -> None:
     with serving(echo) as server:
-        first = ask(server.url, *texts, cache=tmp_path / "c", max_in_flight=16)
-        assert ask(server.url, *texts, cache=tmp_path / "c", max_in_flight=16) == first
+        model = EndpointChatModel(server.url, "m", cache=tmp_path / "c", **FAST)
+
+        def part(k: int) -> list[Reply]:
+            asked = [[{"role": "user", "content": f"{k} {i}"}] for i in range(25)]
+            return model.reply(asked, max_new_tokens=1, temperature=0.0, seed=7)
+
+        with ThreadPoolExecutor(4) as threads:
+            first = list(threads.map(part, range(4)))
+            assert list(threads.map(part, range(4))) == first
         assert len(server.bodies) == 100
+    assert first == [[Reply(f"{k} {i} / 7") for i in range(25)] for k in range(4)]
 
 
 WRITER = """
