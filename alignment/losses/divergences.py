@@ -12,8 +12,8 @@ from torch.nn.functional import logsigmoid
 from alignment.losses.inputs import choose
 from alignment.types import UserInputError
 
-# exp of it is finite in float32; trl's bound too
-_LARGEST_EXPONENT = 80.0
+# The square of its exp, which IPO takes, is finite in float32.
+_LARGEST_EXPONENT = 40.0
 
 
 def divergence_score(log_ratio: Tensor, *, divergence: str, alpha: float = 0.5) -> Tensor:
@@ -30,8 +30,8 @@ def divergence_score(log_ratio: Tensor, *, divergence: str, alpha: float = 0.5) 
                     trl's `f_alpha_divergence_coef` is 1 - alpha.
 
     Where the policy has made a completion much less likely, 1/t and t^-alpha grow beyond all
-    bounds. They are held at e^80, where their gradient ends: without that, a rejected completion
-    pushed far down would have the gradient 0 * inf.
+    bounds. They are held at e^40, where their gradient ends: without that, a completion pushed far
+    down would have an infinite loss, or the gradient 0 * inf.
 
     Raises:
         UserInputError: unknown divergence, or alpha not between 0 and 1.

@@ -129,8 +129,10 @@ def _exo(pairs: Pairs) -> Tensor:
 def _discopop(pairs: Pairs) -> Tensor:
     """(1 - g) (-log s(x)) + g exp(-x), x = beta D, g = s(x / tau). DiscoPOP, Lu et al. 2024,
     eq. 5. Not convex: with small tau its slope at x = 0 is inverted, as the paper notes."""
-    gate = torch.sigmoid(pairs.logits / pairs.options.discopop_tau)
-    return (1 - gate) * -logsigmoid(pairs.logits) + gate * torch.exp(-pairs.logits)
+    log_gate = logsigmoid(pairs.logits / pairs.options.discopop_tau)
+    # g exp(-x) as one exponential: far below 0 the two would be 0 * inf.
+    exponential = torch.exp(log_gate - pairs.logits)
+    return (1 - log_gate.exp()) * -logsigmoid(pairs.logits) + exponential
 
 
 # ---------------------------------------------------------------- on log-ratios

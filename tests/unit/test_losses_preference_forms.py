@@ -12,6 +12,7 @@ from torch import Tensor
 from alignment.losses import (
     DIVERGENCE_KINDS,
     DIVERGENCES,
+    PREFERENCE_KINDS,
     desensitized_sums,
     divergence_score,
     mixed_preference_loss,
@@ -97,16 +98,54 @@ def test_gradients_with_a_divergence(kind: str, divergence: str) -> None:
     assert torch.autograd.gradcheck(loss, (chosen.requires_grad_(), rejected.requires_grad_()))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_rejected_completion_pushed_far_down_gives_no_nan(divergence: str) -> None:
-    chosen = torch.tensor([-3.0], requires_grad=True)
-    rejected = torch.tensor([-900.0], requires_grad=True)
-    refs = torch.tensor([-3.0]), torch.tensor([-4.0])
-    loss = preference_loss(chosen, rejected, *refs, kind="sigmoid", beta=0.1, divergence=divergence)
+@pytest.mark.parametrize("side", [0, 1], ids=["chosen", "rejected"])
+@pytest.mark.parametrize("nats", [7.0, 60.0, 900.0, 1e6])
+@pytest.mark.parametrize(
+    ("kind", "divergence"),
+    [(kind, "reverse_kl") for kind in PREFERENCE_KINDS]
+    + [(kind, one) for kind in sorted(DIVERGENCE_KINDS) for one in DIVERGENCES[1:]],
+)
+def test_a_completion_pushed_far_down_keeps_loss_and_gradient_finite(
+    kind: str, divergence: str, nats: float, side: int
+) -> None:
+    logps = [torch.tensor([-3.0]), torch.tensor([-4.0])]
+    refs = [x.clone() for x in logps]
+    logps[side] -= nats
+    loss = preference_loss(
+        *(x.requires_grad_() for x in logps),
+        *refs,
+        kind=kind,
+        beta=0.1,
+        divergence=divergence,
+        label_smoothing=1e-3 if kind == "exo" else 0.0,
+        chosen_lengths=torch.tensor([3]),
+        rejected_lengths=torch.tensor([2]),
+    )
     loss.per_sequence.sum().backward()
     assert loss.per_sequence.isfinite().all()
-    assert chosen.grad is not None and chosen.grad.isfinite().all()
-    assert rejected.grad is not None and rejected.grad.isfinite().all()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in logps)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "divergence", "value", "slope"),
+    [
+        # x = 0.1 (1 - e^7): the gate is shut, and -log s(x) = -x
+        (-7.0, "forward_kl", 109.5633158, -109.6633158),
+        (-2000.0, "reverse_kl", 200.0, -0.1),
+        (2000.0, "reverse_kl", 0.0, 0.0),
+        # the gate is open: exp(-x), x = 2, and its slope -beta exp(-x)
+        (20.0, "reverse_kl", 0.1353352832, -0.0135335283),
+    ],
+)
+def test_discopop_far_from_zero_by_hand(
+    log_ratio: float, divergence: str, value: float, slope: float
+) -> None:
+    chosen, zero = torch.tensor([log_ratio], requires_grad=True), torch.zeros(1)
+    options: dict[str, Any] = {"kind": "discopop", "beta": 0.1, "divergence": divergence}
+    loss = preference_loss(chosen, zero, zero, zero, **options, discopop_tau=0.05)
+    assert loss.per_sequence.item() == pytest.approx(value, rel=1e-5)
+    loss.per_sequence.sum().backward()
+    assert chosen.grad is not None and chosen.grad.item() == pytest.approx(slope, rel=1e-5)
 
 
 # ---------------------------------------------------------------- weighted sums
