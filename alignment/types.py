@@ -180,6 +180,10 @@ class LabelledSample:
     desirable: bool
 
 
+GOOD_STEP = 0.5
+"""A step is good from this label, and judged good from this probability, upwards."""
+
+
 @dataclass(frozen=True, slots=True)
 class SteppedSample:
     """A completion in steps, each with a label (process supervision).

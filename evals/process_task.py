@@ -10,15 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from alignment.types import AlignmentError, Outcome, SteppedSample, UserInputError
+from alignment.types import GOOD_STEP, AlignmentError, Outcome, SteppedSample, UserInputError
 from evals.context import TaskContext, nothing_held_out
 from evals.results import EvalRecord, EvalResult
 from evals.statistics import Estimate, average_ranks, clustered_proportion
 from evals.summary import Intervals, Metrics
 
 TASK = "process"
-GOOD = 0.5
-"""A step is good from this label, and judged good from this probability, upwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +115,11 @@ def _check(samples: Sequence[SteppedSample], logits: Sequence[Sequence[float]]) 
 
 
 def _labelled(sample: SteppedSample) -> list[bool]:
-    return [label >= GOOD for label in sample.labels]
+    return [label >= GOOD_STEP for label in sample.labels]
 
 
 def _judged(row: Sequence[float]) -> list[bool]:
-    return [bool(special.expit(logit) >= GOOD) for logit in row]
+    return [bool(special.expit(logit) >= GOOD_STEP) for logit in row]
 
 
 def _records(

@@ -7,7 +7,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from alignment.losses.inputs import check_shapes, masked, upcast
 from alignment.losses.types import Mean, SequenceLoss, TokenLoss
-from alignment.types import UserInputError
+from alignment.types import GOOD_STEP, UserInputError
 
 
 def bradley_terry_loss(
@@ -79,9 +79,9 @@ def process_reward_loss(step_scores: Tensor, labels: Tensor, mask: Tensor) -> To
         labels: `[B, T]`, 1 for a good step, 0 for a bad one, or a probability between. Constants.
         mask: `[B, T]`, True at the last token of each labelled step.
 
-    Metrics over steps: `accuracy` (the step counts as good where its score is above 0 and where
-    its label is above 0.5; share of agreement), `accuracy/good` and `accuracy/bad` over the steps
-    of that label: with few bad steps, the first one alone says little.
+    Metrics over steps: `accuracy` (share where s(x) and y are on the same side of `GOOD_STEP`),
+    `accuracy/good` and `accuracy/bad` over the steps of that label: with few bad steps, the first
+    one alone says little.
 
     Raises:
         AlignmentError: shapes that differ.
@@ -91,8 +91,8 @@ def process_reward_loss(step_scores: Tensor, labels: Tensor, mask: Tensor) -> To
     scores, targets = masked(step_scores, mask), masked(labels.detach(), mask)
     targets = targets.to(scores.dtype)
     loss = binary_cross_entropy_with_logits(scores, targets, reduction="none")
-    good = targets > 0.5
-    right = (scores > 0) == good
+    good = targets >= GOOD_STEP
+    right = (scores.sigmoid() >= GOOD_STEP) == good
     metrics = {
         "accuracy": Mean.of(right, mask),
         "accuracy/good": Mean.of(right, mask & good),

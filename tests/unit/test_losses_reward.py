@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from alignment.losses import bradley_terry_loss, process_reward_loss
-from alignment.types import AlignmentError, UserInputError
+from alignment.types import AlignmentError, Sample, SteppedSample, UserInputError
+from evals import process_task
 
 LN3 = math.log(3)
 NAN = float("nan")
@@ -27,10 +28,26 @@ def test_process_reward_loss_by_hand() -> None:
     slopes = [-0.25, 0.0, -0.75, 0.75, 0.0, -0.5, 0.0, 0.0]
     assert scores.grad is not None
     assert scores.grad.flatten().tolist() == pytest.approx(slopes, abs=1e-7)
-    # good: right, wrong, and 0 is not above 0; bad: wrong, right
-    assert loss.metrics["accuracy"].value() == pytest.approx(2 / 5)
-    assert loss.metrics["accuracy/good"].value() == pytest.approx(1 / 3)
+    # good: right, wrong, and a score of 0 is a probability of 0.5, which is good; bad: wrong, right
+    assert loss.metrics["accuracy"].value() == pytest.approx(3 / 5)
+    assert loss.metrics["accuracy/good"].value() == pytest.approx(2 / 3)
     assert loss.metrics["accuracy/bad"].value() == 0.5
+
+
+def test_a_step_is_good_by_the_rule_of_the_task_process() -> None:
+    """From 0.5 upwards, label and probability alike: of each label the scores of 0 and 1 count as
+    good, so two of the three agree with a good label and one with a bad one."""
+    labels, scores = [0.5, 0.25, 1.0], [0.0, 1.0, -1.0]
+    rows = torch.tensor([[label] * 3 for label in labels])
+    loss = process_reward_loss(torch.tensor([scores] * 3), rows, torch.ones(3, 3, dtype=torch.bool))
+    samples = [
+        SteppedSample(Sample((1,), (2, 3, 4), (True,) * 3), (label,) * 3) for label in labels
+    ]
+    metrics, _ = process_task._summarize(samples, [scores] * 3)
+    assert loss.metrics["accuracy"].value() == pytest.approx(5 / 9)
+    assert loss.metrics["accuracy/good"].value() == pytest.approx(4 / 6)
+    assert metrics["step_accuracy"] == pytest.approx(5 / 9)
+    assert metrics["good_steps"] == pytest.approx(6 / 9)
 
 
 def test_process_reward_labels_are_constants_of_any_type() -> None:
