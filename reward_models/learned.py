@@ -36,8 +36,8 @@ class RewardModelReward:
             one label.
         dtype: number format that it computes in.
         micro_batch_tokens: most tokens that go through it at once.
-        normalize: subtract the mean of the scores seen in training, and divide by their standard
-            deviation; `auto` does where the model comes with them.
+        normalize: subtract the mean of the model's scores on training pairs, and divide by their
+            standard deviation; `auto` does where the model comes with them.
         on_mismatch: what to do where the policy has another tokenizer, chat template or data.style:
             `refuse` stops the run; `retokenize` renders the row's prompt and the completion's text
             with the model's own.

@@ -44,7 +44,7 @@ HEAD = "score.weight"
 """Name of the head's weight, as `AutoModelForSequenceClassification` has it."""
 
 SCORE_NORMALIZATION = "score_normalization.json"
-"""Beside a model: mean, standard deviation and count of its scores in training."""
+"""Beside a model: mean, standard deviation and count of its scores on training pairs."""
 
 Initial = Literal["normal", "zero"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,6 @@ def test_metrics_say_what_was_scored(tmp_path: Path) -> None:
         "reward_model/score/rejected": statistics.fmean(rejected),
         "reward_model/margin": statistics.fmean(gaps),
         "reward_model/accuracy": statistics.fmean(gap > 0 for gap in gaps),
-        "reward_model/score/mean": statistics.fmean([*chosen, *rejected]),
-        "reward_model/score/std": statistics.pstdev([*chosen, *rejected]),
         "loss": statistics.fmean(math.log1p(math.exp(-gap)) for gap in gaps),
         "data/epoch": 5 / len(pairs),
     }
@@ -185,28 +183,36 @@ def test_the_model_that_was_trained_is_the_one_that_is_saved(
     assert max(abs(a - b) for a, b in zip(ours, untrained, strict=True)) > 0.01
 
 
-def test_normalization_is_measured_over_all_scores_and_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("most", "rows"), [(256, range(12)), (5, (0, 2, 4, 7, 9))])
+def test_normalization_is_that_of_the_model_that_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, rows: Sequence[int]
 ) -> None:
-    seen: list[float] = []
-    observe = RewardModelTrainer._observe
-
-    def spy(self: RewardModelTrainer, scored: list[float], metrics: Any) -> None:
-        seen.extend(scored)
-        observe(self, scored, metrics)
-
-    monkeypatch.setattr(RewardModelTrainer, "_observe", spy)
-    saved = run("reward_model", tmp_path)
+    """On pairs spread over the training data; the head began at random, and moved far."""
+    monkeypatch.setattr("alignment.trainers.reward.NORMALIZED_ON", most)
+    saved = run("reward_model", tmp_path, "optim.lr=1e-2")
+    pairs = context_of("reward_model", tmp_path).train.pairs
+    assert len(pairs) == 12
+    samples = [side[row] for row in rows for side in (pairs.chosen, pairs.rejected)]
+    scores = load_scalar_model(saved.model_dir).scores(samples, 4096)
     stated = json.loads((saved.model_dir / "score_normalization.json").read_text())
-    assert (len(seen), stated["count"]) == (30, 30)
-    assert stated["mean"] == pytest.approx(statistics.fmean(seen), rel=1e-9)
-    assert stated["std"] == pytest.approx(statistics.pstdev(seen), rel=1e-9)
+    expected = {
+        "mean": statistics.fmean(scores),
+        "std": statistics.pstdev(scores),
+        "count": len(samples),
+    }
+    assert stated == pytest.approx(expected, rel=1e-5)
+    *before, last = steps_of(saved)
+    assert last["reward_model/score/mean"] == stated["mean"]
+    assert last["reward_model/score/std"] == stated["std"]
+    assert not any("reward_model/score/mean" in record for record in before)
+    untrained = load_scalar_model("tiny-random").scores(samples, 4096)
+    assert abs(statistics.fmean(untrained) - stated["mean"]) > 0.1 * stated["std"]
 
 
 def test_nothing_is_normalized_unless_asked_for(tmp_path: Path) -> None:
     saved = run("reward_model", tmp_path, "algorithm.normalize=false")
     assert not (saved.model_dir / "score_normalization.json").exists()
-    assert not any("score/mean" in name for name in metrics_of(saved)[0])
+    assert not any("score/mean" in name for name in metrics_of(saved)[-1])
 
 
 def test_what_the_model_reads_is_noted_beside_it(tmp_path: Path) -> None:
@@ -342,6 +348,18 @@ def test_a_margin_that_the_data_does_not_have_is_refused(tmp_path: Path) -> None
     result = refused("reward_model", tmp_path, "algorithm.margin=column")
     assert "algorithm.margin: column" in result.output
     assert "set margin: none" in result.output
+
+
+@pytest.mark.parametrize(("margin", "said"), [("none", 1), ("column", 0)])
+def test_a_margin_that_is_not_looked_at_is_a_warning(
+    tmp_path: Path, margin: str, said: int
+) -> None:
+    rows = [{"prompt": p, "chosen": "yes", "rejected": "no", "margin": 0.5} for p in ("one", "two")]
+    settings = (data_file(tmp_path, *rows), f"algorithm.margin={margin}", "eval={tasks: []}")
+    RewardModelTrainer(context_of("reward_model", tmp_path, *settings))
+    events = tmp_path / "events.jsonl"
+    text = events.read_text(encoding="utf-8") if events.exists() else ""
+    assert text.count("set algorithm.margin: column") == said
 
 
 @pytest.mark.parametrize(

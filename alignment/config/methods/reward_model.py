@@ -39,8 +39,9 @@ class RewardModelConfig(MethodConfig):
     label_smoothing: Annotated[Number, Field(ge=0.0, lt=0.5)] = 0.0
     """Probability that a label is wrong."""
     normalize: Bool = False
-    """Measure mean and standard deviation of the scores in training and save them beside the model,
-    so that whoever rewards with it can take them out. The model itself stays as it is."""
+    """Save mean and standard deviation of the model's scores beside it, so that whoever rewards
+    with it can take them out. They are measured at the last step, with the weights that are saved,
+    on at most 256 pairs spread over the training data. The model itself stays as it is."""
 
     @model_validator(mode="after")
     def _one_length(self) -> RewardModelConfig:
