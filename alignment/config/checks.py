@@ -44,6 +44,12 @@ def cautions(recipe: Recipe) -> list[str]:
         found.append(
             f"model.reference: the loss looks at no reference, so {mode} is never scored; use none"
         )
+    loss = getattr(recipe.algorithm, "loss", None)
+    if "robust" in getattr(loss, "kinds", ()) and getattr(loss, "label_smoothing", None) == 0.0:
+        found.append(
+            "algorithm.loss.label_smoothing: 0 makes robust the plain sigmoid; give the share of "
+            "labels that are wrong, such as 0.1"
+        )
     if recipe.model.dtype != "float32" and recipe.model.master_dtype == "none":
         found.append(
             f"model.master_dtype: none with {recipe.model.dtype} weights loses updates smaller "

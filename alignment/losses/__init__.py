@@ -13,7 +13,7 @@ from alignment.losses.kl import (
 )
 from alignment.losses.kto import bco_loss, kto_kl, kto_loss
 from alignment.losses.policy import RatioLevel, cispo_loss, ppo_clip_loss
-from alignment.losses.preference import mixed_preference_loss, preference_loss
+from alignment.losses.preference import preference_loss
 from alignment.losses.preference_kinds import (
     COUPLED_KINDS,
     DIVERGENCE_KINDS,
@@ -57,7 +57,6 @@ __all__ = [
     "kto_loss",
     "loss_count",
     "merge_metrics",
-    "mixed_preference_loss",
     "ppo_clip_loss",
     "preference_loss",
     "process_reward_loss",

@@ -25,7 +25,7 @@ from alignment.losses.types import Mean, Metric, SequenceLoss
 from alignment.types import UserInputError
 
 NLL = "nll"
-"""The name in `mixed_preference_loss` of the chosen completion's negative log-likelihood."""
+"""The name in a weighted sum of the chosen completion's negative log-likelihood."""
 
 
 def preference_loss(
@@ -34,7 +34,7 @@ def preference_loss(
     ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None,
     *,
-    kind: str,
+    kind: str | Mapping[str, float],
     beta: float,
     label_smoothing: float = 0.0,
     divergence: str = "reverse_kl",
@@ -58,40 +58,45 @@ def preference_loss(
         rejected_logps: `[B]`.
         ref_chosen_logps: `[B]` under the reference; may be None for simpo, cpo, orpo.
         ref_rejected_logps: `[B]`, likewise.
-        kind: a name in `PREFERENCE_KINDS`.
+        kind: a name in `PREFERENCE_KINDS`; or several with their weights w, all above 0, for
+            sum_k w_k loss_k. Mixed preference optimization (Wang et al. 2024, MPO) is {sigmoid:
+            0.8, bco: 0.2, nll: 1}, nll being the term of `nll_coef`. The other arguments are of all
+            kinds of a sum.
         beta: strength of the pull to the reference (for orpo: weight of the odds-ratio term; for
             simpo and cpo: inverse temperature).
         label_smoothing: e, the probability that a label is wrong, in [0, 0.5). Used by sigmoid,
-            sigmoid_norm, robust, exo, aot, aot_unpaired, simpo and cpo; refused elsewhere.
+            sigmoid_norm, robust, exo, aot, aot_unpaired, simpo and cpo; refused where no kind is
+            one of them.
         divergence: what keeps the policy near the reference, a name in `DIVERGENCES`. Another one
             than the reverse KL puts its `divergence_score` in the place of c and r (f-DPO, Wang
             et al. 2023). Used by the kinds made of D alone, `DIVERGENCE_KINDS`: sigmoid,
-            sigmoid_norm, robust, ipo, ipo_norm, hinge, exo, discopop; refused elsewhere.
+            sigmoid_norm, robust, ipo, ipo_norm, hinge, exo, discopop; refused where any kind is
+            another.
         alpha: of the alpha-divergence, between 0 and 1.
         chosen_lengths: `[B]` completion tokens behind each sum. Needed by sigmoid_norm, ipo_norm,
-            simpo, orpo, and wherever `nll_coef` is not 0.
+            simpo, orpo, and wherever there is an NLL term.
         rejected_lengths: `[B]`, likewise.
         nll_coef: adds nll_coef * (-chosen_logps / chosen_lengths), the chosen completion's mean
             negative log-likelihood (RPO, Pang et al. 2024). None means 1 for cpo and orpo, whose
-            papers have it (CPO sums it over tokens; here it is a mean), and 0 otherwise. trl's
-            loss type `sft` is the mean over all chosen tokens of a batch instead: the same where
-            all completions are equally long.
+            papers have it (CPO sums it over tokens; here it is a mean), times their weight in a
+            sum, and 0 otherwise. trl's loss type `sft` is the mean over all chosen tokens of a
+            batch instead: the same where all completions are equally long.
         simpo_gamma: target margin of simpo.
         bco_shift: the moving average of both rewards that bco takes off (its delta).
         discopop_tau: temperature of discopop's blend.
 
     Metrics over pairs: `reward/chosen`, `reward/rejected` (beta c and beta r, whatever the
     divergence; for the reference-free kinds beta times the sum, or for simpo and orpo the
-    per-token mean, of the log-probabilities), `reward/margin`, `reward/accuracy` (strict),
-    `logps/chosen`, `logps/rejected`; `nll` where it is part of the loss.
+    per-token mean, of the log-probabilities; in a weighted sum those of the first kind that
+    compares with a reference, or of the first one if none does), `reward/margin`,
+    `reward/accuracy` (strict), `logps/chosen`, `logps/rejected`; `nll` where it is part of the
+    loss; of a weighted sum `loss/<kind>`, each kind's loss before its weight and without an NLL.
 
     Raises:
-        UserInputError: unknown kind, or a value or tensor the kind does not allow or lacks.
+        UserInputError: unknown kind, or a weight, value or tensor the kind does not allow or lacks.
         AlignmentError: tensors that are not all `[B]`.
     """
-    default = choose(KINDS, "preference loss", kind).nll_coef
-    chosen = _Given(chosen_logps, ref_chosen_logps, chosen_lengths)
-    rejected = _Given(rejected_logps, ref_rejected_logps, rejected_lengths)
+    weights, nll_weight = _weights(kind, nll_coef)
     options = Options(
         beta=beta,
         label_smoothing=label_smoothing,
@@ -101,64 +106,21 @@ def preference_loss(
         bco_shift=bco_shift,
         discopop_tau=discopop_tau,
     )
-    nll_coef = default if nll_coef is None else nll_coef
-    loss, _ = _weighted_sum(chosen, rejected, {kind: 1.0}, nll_coef, options)
-    return loss
-
-
-def mixed_preference_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None,
-    *,
-    weights: Mapping[str, float],
-    beta: float,
-    label_smoothing: float = 0.0,
-    divergence: str = "reverse_kl",
-    alpha: float = 0.5,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    simpo_gamma: float = 0.5,
-    bco_shift: float = 0.0,
-    discopop_tau: float = 0.05,
-) -> SequenceLoss:
-    """Weighted sum of preference losses of the same pairs, `[B]`: sum_k weights[k] loss_k.
-
-    Mixed preference optimization (Wang et al. 2024, MPO) is {sigmoid: 0.8, bco: 0.2, nll: 1}. The
-    same as trl's `loss_type` and `loss_weights` lists, but for its `sft` (see `nll_coef`).
-
-    Args:
-        weights: weight above 0 of each kind, and under the name `nll` of the chosen completion's
-            mean negative log-likelihood. cpo and orpo bring theirs (`nll_coef` 1) besides.
-
-    The other arguments are those of `preference_loss`, one value for all kinds. Label smoothing
-    is refused if no kind uses it, and another divergence if any kind does not.
-
-    Metrics: those of `preference_loss`, with the reward of the first kind that compares with a
-    reference (of the first kind, if none does), and `loss/<kind>`, each kind's loss before its
-    weight and without an NLL.
-
-    Raises:
-        UserInputError: a weight is not above 0, no kind, or as `preference_loss`.
-        AlignmentError: tensors that are not all `[B]`.
-    """
-    kinds = _checked_weights(weights)
-    nll_coef = weights.get(NLL, 0.0) + sum(w * KINDS[kind].nll_coef for kind, w in kinds.items())
     chosen = _Given(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _Given(rejected_logps, ref_rejected_logps, rejected_lengths)
-    options = Options(
-        beta=beta,
-        label_smoothing=label_smoothing,
-        divergence=divergence,
-        alpha=alpha,
-        simpo_gamma=simpo_gamma,
-        bco_shift=bco_shift,
-        discopop_tau=discopop_tau,
-    )
-    loss, parts = _weighted_sum(chosen, rejected, kinds, nll_coef, options)
-    of_each = {f"loss/{kind}": Mean.of(part) for kind, part in parts.items()}
-    return SequenceLoss(loss.per_sequence, {**loss.metrics, **of_each})
+    _check_options(weights, options)
+    _check_tensors(weights, chosen, rejected, nll_weight)
+    pairs = Pairs(_side(chosen, options), _side(rejected, options), options)
+    parts = {name: KINDS[name].loss(pairs) for name in weights}
+    loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum(dim=0)
+    metrics = _metrics(pairs, weights)
+    if nll_weight:
+        nll = -pairs.chosen.mean_logps
+        loss = loss + nll_weight * nll
+        metrics["nll"] = Mean.of(nll)
+    if not isinstance(kind, str):
+        metrics |= {f"loss/{name}": Mean.of(part) for name, part in parts.items()}
+    return SequenceLoss(loss, metrics)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,27 +130,6 @@ class _Given:
     logps: Tensor
     ref_logps: Tensor | None
     lengths: Tensor | None
-
-
-def _weighted_sum(
-    chosen: _Given,
-    rejected: _Given,
-    weights: Mapping[str, float],
-    nll_coef: float,
-    options: Options,
-) -> tuple[SequenceLoss, Mapping[str, Tensor]]:
-    """The sum of kinds and NLL, with its metrics; and each kind's own loss, `[B]`."""
-    _check_options(weights, options)
-    _check_tensors(weights, chosen, rejected, nll_coef)
-    pairs = Pairs(_side(chosen, options), _side(rejected, options), options)
-    parts = {kind: KINDS[kind].loss(pairs) for kind in weights}
-    loss = torch.stack([weights[kind] * part for kind, part in parts.items()]).sum(dim=0)
-    metrics = _metrics(pairs, weights)
-    if nll_coef:
-        nll = -pairs.chosen.mean_logps
-        loss = loss + nll_coef * nll
-        metrics["nll"] = Mean.of(nll)
-    return SequenceLoss(loss, metrics), parts
 
 
 def _side(given: _Given, options: Options) -> Side:
@@ -223,22 +164,33 @@ def _metrics(pairs: Pairs, kinds: Iterable[str]) -> dict[str, Metric]:
 # ---------------------------------------------------------------- checks
 
 
-def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights of the kinds, without that of the NLL."""
-    for name, weight in weights.items():
+def _weights(
+    kind: str | Mapping[str, float], nll_coef: float | None
+) -> tuple[Mapping[str, float], float]:
+    """The weight of each kind, and that of the NLL term."""
+    if isinstance(kind, str):
+        own = choose(KINDS, "preference loss", kind).nll_coef
+        return {kind: 1.0}, own if nll_coef is None else nll_coef
+    if nll_coef is not None:
+        raise UserInputError(
+            f"nll_coef is {nll_coef!r} beside a weighted sum; name {NLL!r} with its weight among "
+            "the kinds in its place"
+        )
+    for name, weight in kind.items():
         choose({**KINDS, NLL: None}, "preference loss", name)
         if not 0 < weight < math.inf:
             raise UserInputError(
                 f"the weight of preference loss {name!r} is {weight!r}; give a number above 0, or "
                 "leave the loss out"
             )
-    kinds = {name: weight for name, weight in weights.items() if name != NLL}
-    if not kinds:
+    weights = {name: weight for name, weight in kind.items() if name != NLL}
+    if not weights:
         raise UserInputError(
-            f"the weights {dict(weights)} name no preference loss; give one or more of "
+            f"the weights {dict(kind)} name no preference loss; give one or more of "
             f"{', '.join(KINDS)}"
         )
-    return kinds
+    of_kinds = sum(weight * KINDS[name].nll_coef for name, weight in weights.items())
+    return weights, kind.get(NLL, 0.0) + of_kinds
 
 
 def _check_options(kinds: Iterable[str], options: Options) -> None:
@@ -270,7 +222,9 @@ def _refuse(option: str, kinds: frozenset[str], able: frozenset[str]) -> NoRetur
     )
 
 
-def _check_tensors(kinds: Iterable[str], chosen: _Given, rejected: _Given, nll_coef: float) -> None:
+def _check_tensors(
+    kinds: Iterable[str], chosen: _Given, rejected: _Given, nll_weight: float
+) -> None:
     tensors = {
         "chosen_logps": chosen.logps,
         "rejected_logps": rejected.logps,
@@ -288,10 +242,12 @@ def _check_tensors(kinds: Iterable[str], chosen: _Given, rejected: _Given, nll_c
             f"give the run a reference, or use one of {_listed(REFERENCE_FREE_KINDS)}"
         )
     averaging = frozenset(kind for kind in kinds if KINDS[kind].needs_lengths)
-    if (averaging or nll_coef) and not {"chosen_lengths", "rejected_lengths"} <= given.keys():
+    averages = [f"preference loss {_listed(averaging)}"] if averaging else []
+    averages += [f"the NLL term (weight {nll_weight:g})"] if nll_weight else []
+    if averages and not {"chosen_lengths", "rejected_lengths"} <= given.keys():
         raise UserInputError(
-            f"preference loss {_listed(kinds)} with nll_coef={nll_coef} averages over tokens; "
-            "give chosen_lengths and rejected_lengths"
+            f"a mean over tokens is part of {' and of '.join(averages)}; give chosen_lengths and "
+            "rejected_lengths"
         )
 
 

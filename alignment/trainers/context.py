@@ -97,7 +97,7 @@ class TrainingContext:
     train:     the training data in the form the method needs.
     held_out:  data never trained on, in every form its rows have.
     order:     draws the rows of the training data.
-    cache:     folder of the run for what can be computed again (reference log-probabilities).
+    cache:     folder of the run for what can be had again (the replies of a judge).
     recorded:  the completions of another run, in place of the engine's and the rewards'.
     """
 

@@ -18,7 +18,7 @@ from alignment.config.methods.dpo import DPOConfig
 from alignment.runs.metrics import MetricSums
 from alignment.trainers.context import StepResult, TrainingContext
 from alignment.trainers.precomputed import precomputed_logprobs
-from alignment.trainers.preference import PairLearner, interleaved, reference_logprobs
+from alignment.trainers.preference import PairLearner, interleaved
 from alignment.trainers.update import Updater, timed
 from alignment.types import Sample, UserInputError
 
@@ -39,7 +39,6 @@ class DPOTrainer:
         self.order = context.order
         self.distributed = context.distributed
         self.policy = context.policy
-        self.token_budget = context.recipe.optim.micro_batch_tokens
         self.total_steps = config.steps or math.ceil(
             (config.epochs or 1) * len(self.pairs) / config.pairs_per_step
         )
@@ -68,11 +67,9 @@ class DPOTrainer:
 
     def reference(self, rows: Sequence[int], samples: Sequence[Sample]) -> list[Tensor] | None:
         """The reference's log-probabilities of these pairs; None where the loss looks at none."""
-        if not self.config.uses_reference:
-            return None
         if self.precomputed is not None:
             return [self.precomputed[2 * row + side] for row in rows for side in (0, 1)]
-        return reference_logprobs(self.policy, samples, self.token_budget)
+        return self.learn.reference(samples)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -18,7 +18,6 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from alignment.config.methods.online_dpo import OnlineDPOConfig
 from alignment.modeling.scorer import completion_tensor
@@ -31,7 +30,7 @@ from alignment.trainers.experience import (
     training_samples,
 )
 from alignment.trainers.monitor import RolloutMonitor
-from alignment.trainers.preference import PairLearner, interleaved, reference_logprobs
+from alignment.trainers.preference import PairLearner, interleaved
 from alignment.trainers.sampler import Sampler
 from alignment.trainers.update import Updater, timed
 from alignment.types import (
@@ -144,7 +143,7 @@ class OnlineDPOTrainer:
         parts = self.pairs(rollout, rewards.tolist(), metrics)
         with timed(metrics, "record"):
             self.measure_gap(step, rollout, metrics)
-            references = [self.reference(samples) for samples in parts]
+            references = [self.learn.reference(samples) for samples in parts]
         for samples, reference in zip(parts, references, strict=True):
             with timed(metrics, "update"):
                 self.learn(step, samples, reference, metrics)
@@ -199,12 +198,6 @@ class OnlineDPOTrainer:
                 scores.logprobs.device,
             )
             self.monitor.engine_gap(step, sampled, scores.logprobs, scores.mask, metrics)
-
-    def reference(self, samples: Sequence[Sample]) -> list[Tensor] | None:
-        """The reference's log-probabilities of these pairs; None where the loss looks at none."""
-        if not self.config.uses_reference:
-            return None
-        return reference_logprobs(self.policy, samples, self.token_budget)
 
     def state_dict(self) -> dict[str, Any]:
         return {

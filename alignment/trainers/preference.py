@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.config.methods.preference import PreferenceLossConfig
+from alignment.config.methods.preference import NLL, PreferenceLossConfig
 from alignment.losses import (
+    Mean,
     SequenceLoss,
     desensitized_sums,
-    mixed_preference_loss,
     preference_loss,
     sequence_weights,
 )
@@ -106,25 +106,34 @@ def pair_loss(config: PreferenceLossConfig, sums: PairSums, *, bco_shift: float)
         "simpo_gamma": config.simpo_gamma,
         "discopop_tau": config.discopop_tau,
     }
-    options: dict[str, Any] = {
-        "beta": config.beta,
-        "label_smoothing": config.label_smoothing,
-        "divergence": config.divergence,
-        "bco_shift": bco_shift,
-        "chosen_lengths": sums.chosen_lengths,
-        "rejected_lengths": sums.rejected_lengths,
-        **{name: value for name, value in optional.items() if value is not None},
-    }
     has_reference = config.uses_reference
-    logps = (
+    return preference_loss(
         sums.chosen,
         sums.rejected,
         sums.ref_chosen if has_reference else None,
         sums.ref_rejected if has_reference else None,
+        kind=config.kind,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        divergence=config.divergence,
+        chosen_lengths=sums.chosen_lengths,
+        rejected_lengths=sums.rejected_lengths,
+        nll_coef=config.nll_coef,
+        bco_shift=bco_shift,
+        **{name: value for name, value in optional.items() if value is not None},
     )
-    if isinstance(config.kind, str):
-        return preference_loss(*logps, kind=config.kind, nll_coef=config.nll_coef, **options)
-    return mixed_preference_loss(*logps, weights=config.kind, **options)
+
+
+def remedies(config: PreferenceLossConfig) -> list[str]:
+    """What holds up the likelihood of the chosen completions, as this recipe can have it."""
+    found = ["lower optim.lr", "raise algorithm.loss.beta"]
+    if config.desensitize is None:  # else a likelihood term is refused
+        if isinstance(config.kind, str):
+            option, weight = "nll_coef", config.nll_coef
+        else:
+            option, weight = f"kind.{NLL}", config.kind.get(NLL)
+        found.append(f"{'raise' if weight else 'add'} algorithm.loss.{option}")
+    return found
 
 
 ShareOf = Callable[[PairSums, list[int]], Tensor]
@@ -150,6 +159,13 @@ class PairLearner:
         self._bco_shift = 0.0
         self._reported = False
 
+    def reference(self, samples: Sequence[Sample]) -> list[Tensor] | None:
+        """The reference's log-probabilities of interleaved pairs, one tensor a sample; None where
+        the loss looks at none."""
+        if not self._config.uses_reference:
+            return None
+        return reference_logprobs(self._policy, samples, self._token_budget)
+
     def __call__(
         self,
         step: int,
@@ -172,11 +188,12 @@ class PairLearner:
 
         def loss_of(scores: Scores, rows: list[int]) -> Tensor:
             ref = _like(scores, rows, reference)
-            if reference is not None:
-                ratio = scores.logprobs - ref
-                for first, side in enumerate(("chosen", "rejected")):
-                    of_side = ratio[first::2], scores.mask[first::2]
-                    record_masked(metrics, f"dpo/log_ratio/{side}", *of_side)
+            logps = torch.where(scores.mask, scores.logprobs, 0.0).sum(dim=1)
+            for first, side in enumerate(("chosen", "rejected")):
+                record(metrics, {f"logps/{side}": Mean.of(logps[first::2])}, "dpo/")
+                if reference is not None:
+                    ratio = (scores.logprobs - ref)[first::2]
+                    record_masked(metrics, f"dpo/log_ratio/{side}", ratio, scores.mask[first::2])
             return share(self._sums(scores, ref), rows) / n_pairs
 
         self._update(step, samples, loss_of, metrics, together=2)
@@ -191,14 +208,16 @@ class PairLearner:
             if math.isfinite(reward):  # else the update was skipped
                 decay = self._config.bco_decay
                 self._bco_shift = decay * self._bco_shift + (1 - decay) * reward
-        if n_tokens and ratio / n_tokens < DISPLACED and not self._reported:
+        if self._reported or self._config.lowers_chosen or not n_tokens:
+            return
+        if ratio / n_tokens < DISPLACED:
             self._reported = True
             self._events.write(
                 "diagnosis",
                 f"step {step}: the policy gives the chosen completions {-ratio / n_tokens:.2f} "
                 "nats a token less than the reference (likelihood displacement): what it learns "
-                "to say instead is in neither side of the pairs. Lower optim.lr, raise loss.beta, "
-                "or add loss.nll_coef. (Said once)",
+                "to say instead is in neither side of the pairs. Any of these counters it: "
+                f"{', '.join(remedies(self._config))}. (Said once)",
                 step=step,
             )
 
@@ -207,7 +226,7 @@ class PairLearner:
 
         def share(sums: PairSums, _: list[int]) -> Tensor:
             loss = self._loss(sums)
-            record(metrics, loss.metrics, "dpo/")
+            _record_loss(metrics, loss)
             return loss.per_sequence.sum()
 
         return share
@@ -226,7 +245,7 @@ class PairLearner:
         everyone = PairSums.from_rows(self._distributed.gather(own), self._policy.device)
         loss = self._loss(everyone)
         if self._distributed.is_main:
-            record(metrics, loss.metrics, "dpo/")
+            _record_loss(metrics, loss)
         chosen, rejected = sequence_weights(
             lambda c, r: self._loss(replace(everyone, chosen=c, rejected=r)),
             everyone.chosen,
@@ -267,6 +286,12 @@ class PairLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._bco_shift = state["bco_shift"]
         self._reported = state["reported"]
+
+
+def _record_loss(metrics: MetricSums, loss: SequenceLoss) -> None:
+    """All but its log-probabilities, which may be desensitized sums; whole ones are recorded."""
+    kept = {name: one for name, one in loss.metrics.items() if not name.startswith("logps/")}
+    record(metrics, kept, "dpo/")
 
 
 def _like(scores: Scores, rows: list[int], reference: Sequence[Tensor] | None) -> Tensor:

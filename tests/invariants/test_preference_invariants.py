@@ -17,7 +17,6 @@ from alignment.losses import (
     PREFERENCE_KINDS,
     SequenceLoss,
     desensitized_sums,
-    mixed_preference_loss,
     preference_loss,
     sequence_weights,
 )
@@ -44,7 +43,7 @@ def _loss_of(kind: str) -> PairLossOf:
         sizes = {"chosen_lengths": lengths[0, rows], "rejected_lengths": lengths[1, rows]}
         if kind == "mixed":
             weights = {"aot": 0.5, "sigmoid": 1.0, "nll": 0.2}
-            return mixed_preference_loss(*given, weights=weights, beta=0.1, **sizes)
+            return preference_loss(*given, kind=weights, beta=0.1, **sizes)
         smoothing = 0.01 if kind == "exo" else 0.0
         return preference_loss(*given, kind=kind, beta=0.1, label_smoothing=smoothing, **sizes)
 

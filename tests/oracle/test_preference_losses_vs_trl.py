@@ -21,7 +21,6 @@ from alignment.losses import (
     desensitized_sums,
     kto_kl,
     kto_loss,
-    mixed_preference_loss,
     preference_loss,
 )
 
@@ -253,7 +252,7 @@ def test_weighted_sums(
     if "nll" in weights:  # as trl averages it, see above
         mean = LENGTHS[:PAIRS].float().mean().expand(PAIRS)
         lengths = {"chosen_lengths": mean, "rejected_lengths": mean}
-    loss = mixed_preference_loss(*ours.logps, weights=weights, beta=BETA, **options, **lengths)
+    loss = preference_loss(*ours.logps, kind=weights, beta=BETA, **options, **lengths)
     ours.check(loss, theirs, gradient)
     check_rewards(loss, logged)
 

@@ -26,7 +26,7 @@ from alignment.modeling.policy import PolicyWithReference
 from alignment.modeling.tiny import build_tiny
 from alignment.trainers import precomputed
 from alignment.trainers.dpo import DPOTrainer
-from alignment.trainers.preference import interleaved
+from alignment.trainers.preference import interleaved, remedies
 from alignment.types import AlignmentError, PairBatch, UserInputError
 
 
@@ -69,7 +69,24 @@ def test_a_kind_takes_its_defaults_and_survives_the_round_trip(tmp_path: Path, k
     assert (loss.bco_decay is None) == (kind != "bco")
 
 
+@pytest.mark.parametrize(
+    ("kind", "beta"),
+    [
+        ("{simpo: 1.0, nll: 0.5}", 2.0),
+        ("{simpo: 0.7}", 2.0),
+        ("{sigmoid: 1.0, nll: 0.5}", 0.1),
+        ("{simpo: 1.0, cpo: 0.5}, beta: 0.1", 0.1),
+    ],
+)
+def test_simpo_keeps_its_beta_in_a_sum(tmp_path: Path, kind: str, beta: float) -> None:
+    recipe = recipe_of("dpo", tmp_path, f"algorithm.loss={{kind: {kind}}}")
+    algorithm: Any = recipe.algorithm
+    assert algorithm.loss.beta == beta
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
 REFUSED = {
+    "{kind: {simpo: 1.0, cpo: 0.5}}": "simpo's default is 2, that of the others 0.1; give it",
     "{kind: sigmod}": "unknown preference loss 'sigmod'; did you mean 'sigmoid'?",
     "{kind: {sigmoid: 1.0, hing: 0.5}}": "unknown preference loss 'hing'; did you mean 'hinge'?",
     "{kind: nll}": "unknown preference loss 'nll'",
@@ -128,6 +145,14 @@ def one_run(text: str) -> Recipe:
     recipe = parse_recipe(text)
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def test_robust_without_smoothing_is_cautioned(tmp_path: Path) -> None:
+    for kind in ("robust", "{robust: 1.0, nll: 0.5}"):
+        (caution,) = cautions(recipe_of("dpo", tmp_path, f"algorithm.loss={{kind: {kind}}}"))
+        assert "label_smoothing: 0 makes robust the plain sigmoid" in caution
+        smoothed = f"algorithm.loss={{kind: {kind}, label_smoothing: 0.1}}"
+        assert cautions(recipe_of("dpo", tmp_path, smoothed)) == []
 
 
 def test_with_a_reference_none_is_refused(tmp_path: Path) -> None:
@@ -319,14 +344,11 @@ def test_a_synced_reference_follows(tmp_path: Path) -> None:
 # -- what a run says --------------------------------------------------------------------------
 
 
+FAST_DPO = ("algorithm.steps=30", "algorithm.pairs_per_step=4", "optim.lr=1e-2")
+
+
 def test_likelihood_displacement_is_reported_once(tmp_path: Path) -> None:
-    """apo_down takes both sides down, so the chosen completions' likelihood falls."""
-    directory = run(
-        "dpo",
-        tmp_path,
-        "algorithm={type: dpo, steps: 30, pairs_per_step: 4, loss: {kind: apo_down, beta: 0.02}}",
-        "optim.lr=1e-2",
-    )
+    directory = run("dpo", tmp_path, *FAST_DPO, "algorithm.loss={kind: sigmoid, beta: 0.02}")
     ratios = [record["dpo/log_ratio/chosen"] for record in metrics_of(directory)]
     below = [step for step, ratio in enumerate(ratios, start=1) if ratio < -0.5]
     assert len(below) > 1
@@ -335,12 +357,43 @@ def test_likelihood_displacement_is_reported_once(tmp_path: Path) -> None:
     assert "likelihood displacement" in event["message"]
 
 
+def test_displacement_on_purpose_is_not_reported(tmp_path: Path) -> None:
+    """apo_down takes both sides down."""
+    directory = run("dpo", tmp_path, *FAST_DPO, "algorithm.loss={kind: apo_down, beta: 0.02}")
+    assert min(record["dpo/log_ratio/chosen"] for record in metrics_of(directory)) < -0.5
+    assert not events_of(directory, "diagnosis")
+
+
+@pytest.mark.parametrize(
+    ("loss", "likelihood"),
+    [
+        ("{kind: sigmoid}", "add algorithm.loss.nll_coef"),
+        ("{kind: sigmoid, nll_coef: 0.1}", "raise algorithm.loss.nll_coef"),
+        ("{kind: {sigmoid: 1.0, orpo: 0.5}}", "add algorithm.loss.kind.nll"),
+        ("{kind: {sigmoid: 1.0, nll: 0.5}}", "raise algorithm.loss.kind.nll"),
+        ("{kind: sigmoid, desensitize: 0.5}", ""),
+    ],
+)
+def test_the_remedies_are_what_the_recipe_can_take(
+    tmp_path: Path, loss: str, likelihood: str
+) -> None:
+    given = f"algorithm.loss={loss}"
+    algorithm: Any = recipe_of("dpo", tmp_path, given).algorithm
+    found = remedies(algorithm.loss)
+    assert found[:2] == ["lower optim.lr", "raise algorithm.loss.beta"]
+    assert found[2:] == [likelihood][: bool(likelihood)]
+    options = [advice.split()[1] for advice in found]
+    recipe_of("dpo", tmp_path, given, *(f"{option}=0.9" for option in options))  # is accepted
+
+
 def test_an_ordinary_run_reports_no_displacement(tmp_path: Path) -> None:
     assert not events_of(run("dpo", tmp_path), "diagnosis")
 
 
-def test_chosen_and_rejected_are_logged_apart(tmp_path: Path) -> None:
-    context = parts_of("dpo", tmp_path, "algorithm.pairs_per_step=21")
+@pytest.mark.parametrize("loss", ["{kind: sigmoid, desensitize: 0.5}", "{kind: aot}"])
+def test_chosen_and_rejected_are_logged_apart(tmp_path: Path, loss: str) -> None:
+    """The log-probabilities of whole completions, whatever sums the loss looks at."""
+    context = parts_of("dpo", tmp_path, "algorithm.pairs_per_step=21", f"algorithm.loss={loss}")
     pairs = context.train.pairs
     metrics = DPOTrainer(context).step(1).metrics.result()
 

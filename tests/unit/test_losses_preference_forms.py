@@ -15,7 +15,6 @@ from alignment.losses import (
     PREFERENCE_KINDS,
     desensitized_sums,
     divergence_score,
-    mixed_preference_loss,
     preference_loss,
     sequence_weights,
 )
@@ -152,8 +151,8 @@ def test_discopop_far_from_zero_by_hand(
 
 
 def test_weighted_sum_by_hand() -> None:
-    loss = mixed_preference_loss(
-        *sums(), weights={"sigmoid": 0.8, "apo_zero": 2.0, "nll": 0.5}, beta=LN3, **LENGTHS
+    loss = preference_loss(
+        *sums(), kind={"sigmoid": 0.8, "apo_zero": 2.0, "nll": 0.5}, beta=LN3, **LENGTHS
     )
     # D = 1, -2: -log 3/4, -log 1/10. APO-zero: 1/4 + 1/2, 3/4 + 3/4. NLL: 4/2, 6/4
     sigmoid = [0.2876820724, 2.3025850930]
@@ -178,7 +177,7 @@ def test_weighted_sum_by_hand() -> None:
 
 def test_a_reference_free_kind_keeps_its_meaning_in_a_sum() -> None:
     """cpo: beta (C - R) = 3 ln 3, -3 ln 3, and its NLL, whatever the references are."""
-    loss = mixed_preference_loss(*sums(), weights={"cpo": 0.5, "sigmoid": 1.0}, beta=LN3, **LENGTHS)
+    loss = preference_loss(*sums(), kind={"cpo": 0.5, "sigmoid": 1.0}, beta=LN3, **LENGTHS)
     cpo = [math.log1p(1 / 27), math.log1p(27)]
     expected = [
         0.5 * c + 0.5 * nll + s
@@ -188,8 +187,8 @@ def test_a_reference_free_kind_keeps_its_meaning_in_a_sum() -> None:
     assert loss.metrics["reward/rejected"].value() == pytest.approx(LN3 / 2)  # of the log-ratios
     assert loss.metrics["loss/cpo"].value() == pytest.approx(sum(cpo) / 2)
     chosen, rejected, *_ = sums()
-    free = mixed_preference_loss(
-        chosen, rejected, None, None, weights={"simpo": 1.0, "cpo": 1.0}, beta=LN3, **LENGTHS
+    free = preference_loss(
+        chosen, rejected, None, None, kind={"simpo": 1.0, "cpo": 1.0}, beta=LN3, **LENGTHS
     )
     assert free.metrics["reward/chosen"].value() == pytest.approx(-LN3 * 1.75)  # simpo's mean
 
@@ -197,9 +196,9 @@ def test_a_reference_free_kind_keeps_its_meaning_in_a_sum() -> None:
 def test_options_reach_the_kinds_of_a_sum() -> None:
     """Smoothing is for sigmoid alone: 0.9 * 0.28768 + 0.1 * 1.38629; bco is shifted by ln 3."""
     one = [x[:1] for x in sums()]
-    loss = mixed_preference_loss(
+    loss = preference_loss(
         *one,
-        weights={"sigmoid": 1.0, "bco": 1.0},
+        kind={"sigmoid": 1.0, "bco": 1.0},
         beta=LN3,
         label_smoothing=0.1,
         bco_shift=LN3,
@@ -218,21 +217,32 @@ def test_options_reach_the_kinds_of_a_sum() -> None:
         ({}, {}, "name no preference loss"),
         ({"bco": 1.0, "hinge": 1.0}, {"label_smoothing": 0.1}, "'hinge', 'bco'; drop it"),
         ({"bco": 1.0, "hinge": 1.0}, {"divergence": "js"}, "loss 'bco'; drop it"),
-        ({"sigmoid": 1.0, "simpo": 1.0}, {}, "'sigmoid', 'simpo' with .* averages over tokens"),
+        (
+            {"sigmoid": 1.0, "simpo": 1.0},
+            {},
+            "part of preference loss 'simpo'; give",
+        ),
+        (
+            {"orpo": 0.5, "hinge": 1.0, "simpo": 1.0},
+            {},
+            r"part of preference loss 'simpo', 'orpo' and of the NLL term \(weight 0.5\); give",
+        ),
+        ({"sigmoid": 1.0, "nll": 0.5}, {}, r"part of the NLL term \(weight 0.5\); give"),
+        ({"sigmoid": 1.0}, {"nll_coef": 0.5}, "nll_coef is 0.5 beside a weighted sum; name 'nll'"),
     ],
 )
 def test_bad_sums_are_named(
     weights: dict[str, float], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserInputError, match=message):
-        mixed_preference_loss(*sums(), weights=weights, beta=0.1, **options)
+        preference_loss(*sums(), kind=weights, beta=0.1, **options)
 
 
 def test_a_sum_needs_a_reference_if_one_kind_does() -> None:
     chosen, rejected, *_ = sums()
     with pytest.raises(UserInputError, match="loss 'bco' compares with a reference"):
-        mixed_preference_loss(
-            chosen, rejected, None, None, weights={"cpo": 1.0, "bco": 1.0}, beta=0.1, **LENGTHS
+        preference_loss(
+            chosen, rejected, None, None, kind={"cpo": 1.0, "bco": 1.0}, beta=0.1, **LENGTHS
         )
 
 

@@ -98,9 +98,12 @@ class PreferenceLossConfig(Section):
     kind: str | dict[str, Positive] = "sigmoid"
     """One kind; or several with their weights, such as {sigmoid: 0.8, bco: 0.2, nll: 1.0} (MPO),
     where nll is the chosen completion's mean negative log-likelihood."""
-    beta: Positive = Field(default_factory=lambda data: 2.0 if data.get("kind") == "simpo" else 0.1)
+    beta: Positive = Field(
+        default_factory=lambda data: 2.0 if _names(data.get("kind", "")) == ["simpo"] else 0.1
+    )
     """Strength of the pull to the reference; weight of orpo's odds-ratio term; inverse temperature
-    of simpo (whose default is 2) and cpo. The default of the others is 0.1."""
+    of simpo (whose default is 2) and cpo. The default of the others is 0.1; a sum of simpo and
+    others has none, and needs it."""
     label_smoothing: Annotated[Number, Field(ge=0.0, lt=0.5)] = Field(
         default_factory=lambda data: 1e-3 if data.get("kind") == "exo" else 0.0
     )
@@ -165,6 +168,11 @@ class PreferenceLossConfig(Section):
         return any(KINDS[kind].couples for kind in self.kinds)
 
     @property
+    def lowers_chosen(self) -> bool:
+        """Whether a kind takes the chosen completions' likelihood down on purpose."""
+        return "apo_down" in self.kinds
+
+    @property
     def has_nll(self) -> bool:
         """Whether the negative log-likelihood is part of the loss."""
         weighted = not isinstance(self.kind, str) and NLL in self.kind
@@ -176,6 +184,12 @@ class PreferenceLossConfig(Section):
 
     def _problems(self) -> Iterator[InitErrorDetails]:
         kinds = [KINDS[kind] for kind in self.kinds]
+        if "simpo" in self.kinds and len(kinds) > 1 and "beta" not in self.model_fields_set:
+            yield problem(
+                ("beta",),
+                "missing: one beta is for all kinds of a sum, and simpo's default is 2, that of "
+                "the others 0.1; give it",
+            )
         if self.label_smoothing and not any(kind.smooths for kind in kinds):
             able = _where(kind.smooths for kind in KINDS.values())
             yield problem(("label_smoothing",), f"applies to {able} only; remove it")
