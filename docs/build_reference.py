@@ -278,8 +278,14 @@ def _outputs_text() -> str:
     outputs = ", ".join(f"`${{stages.NAME.{key}}}` ({what})" for key, what in STAGE_OUTPUTS.items())
     return (
         "A recipe with `stages:` is a pipeline. Its stages run in order, and a finished one is not "
-        f"run again. A stage's `set` may refer to what an earlier stage made: {outputs}. A stage's "
-        "run is kept in `DIR/NAME/stages/STAGE/`.\n"
+        "run again; that a data file under it was edited, or that the code or a package is another "
+        "now, is not noticed ([0014](decisions/0014-lineage-by-hashes.md)): delete the stage's "
+        "folder to run it again. A stage's `set` may refer to what an earlier stage made: "
+        f"{outputs}. A stage's run is kept in `DIR/NAME/stages/STAGE/`.\n\n"
+        "`compare`, `expect` and the `expect` of a stage may be changed when the pipeline has run, "
+        "in part or to the end: give the command again, and the models are compared again if "
+        "`compare` is another, and nothing is trained again. Any other change needs another "
+        "`run.name`.\n"
     )
 
 

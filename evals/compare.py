@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from alignment.runs.files import write_atomic
+from alignment.trainers.compared import Role
 from alignment.types import UserInputError
 from evals.results import EvalRecord, EvalResult
 from evals.statistics import holm, paired_difference
 from evals.summary import FAILURES, Value, by_problem, correctness
+
+_NO_ROLES: Mapping[str, Role] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +144,24 @@ def compare(results: Mapping[str, EvalResult], *, seed: int = 0) -> Comparison:
     )
 
 
-def compare_in_run(results: Mapping[str, EvalResult], run_dir: Path, task: str) -> str:
+def compare_in_run(
+    results: Mapping[str, EvalResult],
+    run_dir: Path,
+    task: str,
+    roles: Mapping[str, Role] = _NO_ROLES,
+) -> str:
     """Compare the models of a pipeline, save it all in its run directory, and give the table.
 
     Writes `comparison.json` (`comparison-TASK.json` where there is one already) and
     `evals/MODEL-TASK.json`; registered as report "comparison".
+
+    Args:
+        roles: model name -> what it is to the reference, which becomes the label `reference`.
     """
     for name, result in results.items():
-        result.save(run_dir / "evals" / f"{name}-{task}.json")
+        role = {"reference": roles[name]} if name in roles else {}
+        labelled = replace(result, labels={**result.labels, **role})
+        labelled.save(run_dir / "evals" / f"{name}-{task}.json")
     comparison = compare(results)
     first = run_dir / "comparison.json"
     comparison.save(run_dir / f"comparison-{task}.json" if first.exists() else first)

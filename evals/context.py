@@ -107,7 +107,12 @@ class TaskContext(Protocol):
 
 
 class Task(Protocol):
-    """An evaluation: a context in, a result out; the model is left as it was."""
+    """An evaluation: a context in, a result out; the model is left as it was.
+
+    A task may have a method `check_needs(*, rewards, held_out, reference)`, which a pipeline asks
+    before its stages run: the names of the rewards that it will have, the number of held-out rows,
+    and whether there will be a reference. It raises UserInputError where `run` would for that.
+    """
 
     def run(self, context: TaskContext) -> EvalResult: ...
 

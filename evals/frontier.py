@@ -1,7 +1,8 @@
 """The points of a reward-KL frontier, read from a pipeline's run directory.
 
-Per model the comparison's result of task `reward_kl`; per stage the way it took there, from its
-own evaluations or else from its training metrics; and best-of-n from the reference.
+Per model the comparison's result of task `reward_kl`; per stage that started from the reference
+the way it took there, from its own evaluations or else from its training metrics; and best-of-n
+from the reference. What a model is to the reference is in the results' labels.
 """
 
 from __future__ import annotations
@@ -14,12 +15,9 @@ from typing import Any, Literal
 
 from alignment.types import UserInputError
 from evals.reward_kl_task import BEST_OF, TASK, deviation_of
-from evals.rundata import EvalSummary, RunData, number, read_run
+from evals.rundata import EvalSummary, RunData, lookup, number, read_run
 
 MAX_TRAINING_POINTS = 20
-REFERENCE_KL = 0.05
-"""A model within so many nats per completion of the reference is the reference: its own KL is 0,
-up to what two scorings of the same weights differ by."""
 BEST_OF_N = "best of n"
 
 Kind = Literal["model", "best_of", "evaluation", "training"]
@@ -67,6 +65,7 @@ class Frontier:
     task: its name in the recipe. gold, proxy: metrics of the result; `gold` is the weighted sum of
         rewards where none was named.
     reference: the compared model that is the reference, if one is.
+    ancestors: the compared models that the reference was made from.
     deviation: standard deviation of gold and proxy over the reference's completions, by metric.
     """
 
@@ -74,6 +73,7 @@ class Frontier:
     gold: str
     proxy: str | None
     reference: str | None
+    ancestors: tuple[str, ...]
     deviation: Mapping[str, float]
     points: tuple[FrontierPoint, ...]
 
@@ -107,13 +107,14 @@ def _model_of(stem: str, models: Sequence[str]) -> str | None:
 def _frontier(task: str, found: Mapping[str, EvalSummary], run: RunData) -> Frontier:
     labels = next(iter(found.values())).labels
     gold, proxy = labels.get("gold", "reward"), labels.get("proxy")
-    nearest = min(found, key=lambda name: abs(found[name].metrics["kl"]))
-    reference = nearest if abs(found[nearest].metrics["kl"]) <= REFERENCE_KL else None
+    parts = {name: one.labels.get("reference") for name, one in found.items()}
+    reference = next((name for name, part in parts.items() if part == "itself"), None)
+    ancestors = tuple(name for name, part in parts.items() if part == "ancestor")
     points = [_model_point(name, "model", one, gold, proxy) for name, one in found.items()]
     if reference is not None:
         points += _best_of_points(found[reference], gold, proxy)
     for name, folder in run.stages:
-        if name in found and name != reference:
+        if parts.get(name) == "start":
             points += _stage_points(name, folder, gold, proxy)
     spreads = found[reference].metrics if reference is not None else {}
     deviation = {
@@ -121,7 +122,7 @@ def _frontier(task: str, found: Mapping[str, EvalSummary], run: RunData) -> Fron
         for metric in (gold, proxy)
         if metric is not None and spreads.get(deviation_of(metric), 0.0) > 0
     }
-    return Frontier(task, gold, proxy, reference, deviation, tuple(points))
+    return Frontier(task, gold, proxy, reference, ancestors, deviation, tuple(points))
 
 
 def _span(one: EvalSummary, metric: str | None) -> Span | None:
@@ -152,16 +153,28 @@ def _best_of_points(one: EvalSummary, gold: str, proxy: str | None) -> Iterable[
 
 
 def _stage_points(name: str, folder: Path, gold: str, proxy: str | None) -> Sequence[FrontierPoint]:
-    """A stage's way: its evaluations by the same task, or else its training metrics."""
+    """A stage's way: its evaluations by the same task, or else its training metrics, as far as
+    these are of the divergence that the models are compared by."""
     try:
         stage = read_run(folder)
     except UserInputError:
+        return []
+    if lookup(stage.recipe, "model.reference.mode") == "synced":  # it left the start
         return []
     steps = [one for one in stage.evals if one.kind == TASK and one.step is not None]
     steps = [one for one in steps if one.task == steps[0].task and "kl" in one.metrics]
     if len(steps) > 1:
         return [_model_point(name, "evaluation", one, gold, proxy) for one in steps]
+    if not _measures_divergence(stage):
+        return []
     return _training_points(name, stage.metrics, gold, proxy)
+
+
+def _measures_divergence(stage: RunData) -> bool:
+    """Whether `kl/sequence` of a stage estimates the KL of its policy at temperature 1, as the task
+    does: at another one, that of other distributions is logged, and k2 is biased."""
+    temperature = lookup(stage.recipe, "rollout.temperature")
+    return temperature in (None, 1) and lookup(stage.recipe, "algorithm.kl.estimator") != "k2"
 
 
 def _training_points(

@@ -86,7 +86,7 @@ def frontier_report(run_dir: Path | str) -> Path:
     if not frontiers:
         raise UserInputError(
             f"{path} holds no comparison of models on task 'reward_kl'; add the task to the "
-            "pipeline's compare.tasks"
+            "pipeline's compare.tasks and give its command again (finished stages stay)"
         )
     for frontier in frontiers:
         for index, chart in enumerate(frontier_view(frontier).charts, start=1):
@@ -141,10 +141,9 @@ def _models(frontier: Frontier) -> list[str]:
 
 
 def _shown(frontier: Frontier) -> list[str]:
-    """The models from the reference on: what came before it can be so far away that it squeezes
+    """The models but the reference's ancestors, which can be so far away that they squeeze
     everything else together."""
-    models = _models(frontier)
-    return models if frontier.reference is None else models[models.index(frontier.reference) :]
+    return [name for name in _models(frontier) if name not in frontier.ancestors]
 
 
 def _styles(frontier: Frontier) -> dict[str, _Style]:
@@ -279,7 +278,9 @@ def _chart(frontier: Frontier, title: str, svg: str, caption: str) -> Chart:
             captions.append(text.format(", ".join(names)))
     left_out = [name for name in _models(frontier) if name not in _shown(frontier)]
     if left_out:
-        captions.append(f"{', '.join(left_out)}, before the reference, is in the table alone.")
+        captions.append(
+            f"In the table alone, as the reference came from it: {', '.join(left_out)}."
+        )
     header = ("policy", "kind", "step or n", "KL, nats", "gold", "proxy")
     return Chart(title, svg, " ".join(one for one in captions if one), header, _numbers(frontier))
 

@@ -54,7 +54,8 @@ class EvalResult:
     metrics:   finite numbers by name; a metric that is undefined here is absent.
     intervals: 95% intervals (low, high) of some of the metrics.
     labels:    which metric or reward plays a part that readers of the result look for, such as
-               `gold`; the tasks that write labels list them.
+               `gold`; the tasks that write labels list them. In a pipeline's comparison
+               `reference`: what the model is to it (`alignment.trainers.compared.Role`).
     """
 
     task: str

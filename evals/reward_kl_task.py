@@ -17,9 +17,9 @@ from alignment.types import (
     UserInputError,
 )
 from evals.best_of import best_of_kl_bound, best_of_mean
-from evals.context import TaskContext, nothing_held_out
+from evals.context import TaskContext
 from evals.results import EvalRecord, EvalResult
-from evals.sampled import graded_record, sample_and_grade
+from evals.sampled import graded_record, require_prompts, require_rewards, sample_and_grade
 from evals.statistics import Estimate, FloatArray, mean_estimate
 from evals.summary import Intervals, Metrics, by_problem, summarize_graded
 
@@ -71,21 +71,11 @@ them; mean over prompts. Falls with `samples` |
             UserInputError: no held-out prompts, no reference, or no reward of a given name.
         """
         prompts = list(context.prompts)[: self.prompts]
-        if not prompts:
-            raise nothing_held_out(
-                context,
-                "prompts",
-                f"task '{TASK}' has no held-out prompts; give the run's data a held-out part",
-            )
-        if context.reference_score is None:
-            raise UserInputError(
-                f"task '{TASK}' measures the distance from a reference and there is none; set "
-                "compare.reference in a pipeline, or in a run a model.reference other than none"
-            )
+        require_prompts(TASK, len(prompts), context.why_not.get("prompts"))
+        _require_reference(context.reference_score is not None)
         graded = sample_and_grade(context, prompts, self.sampling(context))
         parts = _part_names(graded)
-        proxy = self._proxy(parts)
-        gold = None if self.gold is None else _known("gold", self.gold, parts)
+        proxy, gold = self._proxy(parts), self._gold(parts)
         ratios = _log_ratios(context, graded)
         records = tuple(_record(*row) for row in zip(graded, ratios, strict=True))
         metrics, intervals = summarize_graded(records, ks=())
@@ -100,6 +90,14 @@ them; mean over prompts. Falls with `samples` |
         labels = {"proxy": proxy, "gold": gold}
         named = {label: PART + name for label, name in labels.items() if name is not None}
         return EvalResult(TASK, records, metrics, intervals, named)
+
+    def check_needs(self, *, rewards: Sequence[str], held_out: int, reference: bool) -> None:
+        """See `evals.context.Task`."""
+        require_prompts(TASK, held_out)
+        _require_reference(reference)
+        require_rewards(TASK, rewards)
+        self._proxy(rewards)
+        self._gold(rewards)
 
     def sampling(self, context: TaskContext) -> SamplingParams:
         """The run's lengths and stop strings; the policy's own distribution; fixed counters."""
@@ -125,6 +123,9 @@ them; mean over prompts. Falls with `samples` |
                 f"to one of {', '.join(parts)}"
             )
         return parts[0] if self.best_of else None
+
+    def _gold(self, parts: Sequence[str]) -> str | None:
+        return None if self.gold is None else _known("gold", self.gold, parts)
 
 
 def reward_kl(
@@ -166,6 +167,14 @@ def reward_kl(
 def deviation_of(metric: str) -> str:
     """The name of the standard deviation of a reward metric."""
     return metric.replace("reward", "reward_std", 1)
+
+
+def _require_reference(there_is_one: bool) -> None:
+    if not there_is_one:
+        raise UserInputError(
+            f"task '{TASK}' measures the distance from a reference and there is none; set "
+            "compare.reference in a pipeline, or in a run a model.reference other than none"
+        )
 
 
 def _known(option: str, name: str, parts: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from alignment.types import (
     Prompt,
     RewardedCompletion,
     SamplingParams,
+    UserInputError,
 )
 from evals.context import TaskContext
 from evals.results import EvalRecord
@@ -63,3 +64,31 @@ def _pair(
                 f"place of prompt {prompt.index}; completions must be in prompt-major order"
             )
     return pairs
+
+
+def require_prompts(task: str, held_out: int, why: str | None = None) -> None:
+    """Refuse to evaluate on no prompts.
+
+    Args:
+        held_out: how many there are.
+        why: what is wrong with the held-out rows, where that is known.
+
+    Raises:
+        UserInputError: none.
+    """
+    if not held_out:
+        message = f"task '{task}' has no held-out prompts; give the run's data a held-out part"
+        raise UserInputError(message if why is None else f"{message}. Of the held-out rows: {why}")
+
+
+def require_rewards(task: str, rewards: Sequence[str]) -> None:
+    """Refuse to evaluate with a recipe that grades nothing.
+
+    Raises:
+        UserInputError: there are no rewards.
+    """
+    if not rewards:
+        raise UserInputError(
+            f"task '{task}' grades completions, and there are no rewards to grade them by; give "
+            "the run some, or in a pipeline any stage with a policy"
+        )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from alignment.types import Outcome, Sample, SamplingParams, UserInputError
 from evals.context import Task, TaskContext, TokenScores, nothing_held_out
 from evals.results import EvalRecord, EvalResult
-from evals.sampled import graded_record, sample_and_grade
+from evals.sampled import graded_record, require_prompts, require_rewards, sample_and_grade
 from evals.statistics import ratio_estimate
 from evals.summary import summarize_graded
 
@@ -45,16 +45,16 @@ class VerifiableTask:
         base, tuned and trained models are compared with the same random numbers.
         """
         prompts = list(context.prompts)[: self.prompts]
-        if not prompts:
-            raise nothing_held_out(
-                context,
-                "prompts",
-                "task 'verifiable' has no held-out prompts; give the run's data a held-out part",
-            )
+        require_prompts("verifiable", len(prompts), context.why_not.get("prompts"))
         params = self.sampling(context)
         records = tuple(graded_record(item) for item in sample_and_grade(context, prompts, params))
         metrics, intervals = summarize_graded(records, self.ks)
         return EvalResult("verifiable", records, metrics, intervals)
+
+    def check_needs(self, *, rewards: Sequence[str], held_out: int, reference: bool) -> None:
+        """See `evals.context.Task`."""
+        require_prompts("verifiable", held_out)
+        require_rewards("verifiable", rewards)
 
     def sampling(self, context: TaskContext) -> SamplingParams:
         """The run's sampling with this task's overrides and fixed random counters."""

@@ -38,10 +38,26 @@ def describe(config: Recipe | PipelineRecipe) -> str:
 
 
 def _describe_pipeline(pipeline: PipelineRecipe) -> str:
+    lazy("alignment.trainers.local_paths:check_pipeline_paths")(pipeline)
     load_stage = lazy("alignment.config:load_stage")
-    stages = [describe(load_stage(pipeline, stage.name)) for stage in pipeline.stages]
-    title = f"{pipeline.run.name}: a valid pipeline of {len(stages)} stages"
-    return "\n\n".join([title, *stages])
+    recipes = {stage.name: load_stage(pipeline, stage.name) for stage in pipeline.stages}
+    title = f"{pipeline.run.name}: a valid pipeline of {len(recipes)} stages"
+    parts = [title, *map(describe, recipes.values())]
+    if pipeline.compare is not None:
+        parts.append(_comparison(pipeline, recipes))
+    return "\n\n".join(parts)
+
+
+def _comparison(pipeline: PipelineRecipe, recipes: dict[str, Recipe]) -> str:
+    """What the pipeline does in the end."""
+    assert pipeline.compare is not None
+    compared = lazy("alignment.config.pipeline:compared_models")(pipeline, recipes)
+    rows = [("models", ", ".join(compared))]
+    if pipeline.compare.reference is not None:
+        rows.append(("reference", pipeline.compare.reference))
+    rows += [("task", _plugin(task.type, task.options)) for task in pipeline.compare.tasks]
+    rows += [("expect", expectation) for expectation in pipeline.expect]
+    return f"the comparison\n{table(rows)}"
 
 
 def _parts(recipe: Recipe) -> list[tuple[str, str]]:

@@ -103,6 +103,33 @@ def dump_recipe(recipe: Recipe | PipelineRecipe) -> str:
     return to_yaml(recipe.model_dump(mode="json"))
 
 
+def dump_making(recipe: Recipe | PipelineRecipe) -> str:
+    """As `dump_recipe`, of what decides on what a run makes: without what is only asked of that
+    once it is there, `expect`, and of a pipeline `compare` and its stages' `expect`."""
+    if isinstance(recipe, Recipe):
+        return dump_recipe(recipe.model_copy(update={"expect": ()}))
+    stages = tuple(
+        stage.model_copy(update={"set": {k: v for k, v in stage.set.items() if k != "expect"}})
+        for stage in recipe.stages
+    )
+    return dump_recipe(recipe.model_copy(update={"stages": stages, "compare": None, "expect": ()}))
+
+
+def load_making(path: Path) -> str:
+    """`dump_making` of the recipe in a run's folder, with what later versions of the toolkit have
+    added at its default. What it asked for need not be right.
+
+    Raises:
+        UserInputError: the recipe is not one of this version's.
+    """
+    document, folder = _read(path)
+    document.data.pop("expect", None)
+    if "stages" not in document.data:
+        return dump_making(_validate(Recipe, document))
+    document.data.pop("compare", None)
+    return dump_making(_load_pipeline(document, folder))
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the toolkit: name -> file."""
     files = (path for path in _SHIPPED.rglob("*") if path.suffix in _SUFFIXES)

@@ -12,6 +12,7 @@ from pydantic_core import InitErrorDetails
 from alignment.config.errors import nearest
 from alignment.config.fields import Count, Path, Section, problem, raise_problems
 from alignment.config.methods.base import needs_of
+from alignment.config.options import build
 from alignment.config.schema import Expectation, Name, Recipe, RunConfig, TaskConfig
 from alignment.types import UserInputError
 
@@ -87,6 +88,9 @@ class PipelineRecipe(Section):
         if self.compare is not None:
             for path, message in _compare_problems(self.compare, earlier):
                 yield problem(("compare", *path), message)
+        elif self.expect:
+            message = "there is no comparison whose metrics these could be; add compare, or remove"
+            yield problem(("expect",), f"{message} them (a stage has an expect of its own)")
 
 
 def makes_policy(recipe: Recipe) -> bool:
@@ -105,10 +109,24 @@ def compared_models(pipeline: PipelineRecipe, recipes: Mapping[str, Recipe]) -> 
     return (BASE, *(name for name, recipe in recipes.items() if makes_policy(recipe)))
 
 
+def task_recipe(recipes: Mapping[str, Recipe]) -> Recipe:
+    """Where a comparison's held-out data, rewards and sampling come from: the last stage with a
+    policy that has rewards, or the last that trains a policy where none has.
+
+    Args:
+        recipes: those of the stages, by name; one of them makes a policy.
+    """
+    latest_first = list(recipes.values())[::-1]
+    with_policy = [r for r in latest_first if needs_of(r.algorithm).model == "policy"]
+    with_rewards = [recipe for recipe in with_policy if recipe.rewards]
+    return [*with_rewards, *filter(makes_policy, with_policy)][0]
+
+
 def output_problems(
     pipeline: PipelineRecipe, recipes: Mapping[str, Recipe]
 ) -> Iterator[InitErrorDetails]:
-    """References to outputs that a stage's method does not make: better known before it has run.
+    """References to outputs that a stage's method does not make, and a comparison that could not be
+    made of what comes out: better known before the stages have run.
 
     Args:
         recipes: those of the stages, by name.
@@ -135,6 +153,33 @@ def output_problems(
         if name != BASE and not makes_policy(recipes[name]):
             message = f"stage {name!r} trains no policy that could be compared; leave it out"
             yield problem(("compare", "models", index), message)
+    yield from _task_problems(pipeline.compare, task_recipe(recipes))
+
+
+def _task_problems(compare: CompareConfig, recipe: Recipe) -> Iterator[InitErrorDetails]:
+    """Options that contradict each other, or the recipe that the tasks are served by."""
+    if not compare.tasks:
+        yield problem(("compare", "tasks"), "names no task to compare on; list one, or more")
+    for index, config in enumerate(compare.tasks):
+        at = ("compare", "tasks", index)
+        try:
+            task = build("task", config.type, config.options)
+        except UserInputError as error:
+            yield problem(at, str(error))
+            continue
+        check_needs = getattr(task, "check_needs", None)
+        if not callable(check_needs):
+            continue
+        try:
+            check_needs(
+                rewards=[reward.name or reward.type for reward in recipe.rewards],
+                held_out=recipe.data.held_out,
+                reference=compare.reference is not None,
+            )
+        except UserInputError as error:
+            yield problem(
+                at, f"{error} (its data and rewards are those of stage {recipe.run.name!r})"
+            )
 
 
 def _stage_references(value: Any) -> Iterator[tuple[str, str]]:

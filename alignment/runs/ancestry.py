@@ -28,7 +28,7 @@ class Link:
 
     target:   key of the node it comes from.
     key:      the setting that names it; None where that was not recorded.
-    output:   "model", "data" or "run".
+    output:   "model", "data", "run", or a path in the run's folder.
     recorded: its hash when the run started.
     current:  its hash now; None if it is gone.
     state:    what follows from the two; `unrecorded` where there is no earlier hash.

@@ -35,7 +35,8 @@ from alignment.runs.outputs import (
 )
 from alignment.types import UserInputError
 
-_OWN_SECTIONS = ("run", "expect")  # where this run is kept, and what is asked of it
+# Where this run is kept, what is asked of it, and where its weights are put for a server.
+_OWN_SECTIONS = ("run", "expect", "rollout")
 _POLICY = "model.path"  # its weights are hashed in memory
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")
 
@@ -46,7 +47,7 @@ class ParentRecord:
 
     key:      the setting that names it, such as model.path.
     run:      folder of the other run.
-    output:   "model", "data", or "run" for anything else in that folder.
+    output:   "model", "data", "run" for the whole folder, or the path of anything else in it.
     hash:     of the output, as it was found.
     encoding: how the other run turned text into tokens; None where that is not recorded.
     """
@@ -74,7 +75,7 @@ def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
     found = []
     sections = recipe.model_dump(mode="json", exclude=set(_OWN_SECTIONS))
     for key, value in _texts(sections, ()):
-        place = _place_in_a_run(value)
+        place = place_in_a_run(value)
         if place is None:
             continue
         run, output = place
@@ -121,7 +122,7 @@ def find_models(recipe: Recipe) -> tuple[ModelRecord, ...]:
 def _model_folder(key: str, text: str) -> Path | None:
     """The folder of a model outside of any run that a setting leads to."""
     path = _existing_path(text) if "/" in text or key.endswith(".path") else None
-    if path is None or _place_in_a_run(text) is not None:
+    if path is None or place_in_a_run(text) is not None:
         return None
     return path if any((path / name).is_file() for name in _MODEL_CONFIGS) else None
 
@@ -257,8 +258,8 @@ def check_compatible(child: Encoding, parents: Sequence[ParentRecord]) -> None:
     """Refuse parents that turned text into other tokens than this run does.
 
     A model knows only the tokens and the conversation format that it was trained on, and nothing
-    fails where it gets others: it is just bad. What is not recorded is not compared, and what is
-    taken from a run as "run" is files of which nothing is known.
+    fails where it gets others: it is just bad. What is not recorded is not compared, and of what is
+    neither a run's model nor its data nothing is known.
 
     Raises:
         UserInputError: every mismatch, with its reason.
@@ -270,7 +271,7 @@ def check_compatible(child: Encoding, parents: Sequence[ParentRecord]) -> None:
 
 def _mismatches(child: Encoding, parent: ParentRecord) -> Iterator[str]:
     theirs = parent.encoding
-    if parent.output == "run" or theirs is None:
+    if parent.output not in ("model", "data") or theirs is None:
         return
     role, reason = _role(parent)
     start = f"{parent.key}: {role} {parent.run} has"
@@ -339,7 +340,7 @@ def _texts(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             yield from _texts(item, (*path, str(index)))
 
 
-def _place_in_a_run(text: str) -> tuple[Path, str] | None:
+def place_in_a_run(text: str) -> tuple[Path, str] | None:
     """(run, output) that a path leads to; None where the text is no path into a run."""
     if "/" not in text and os.sep not in text:  # a name, though there may be a folder called so
         return None
@@ -348,8 +349,10 @@ def _place_in_a_run(text: str) -> tuple[Path, str] | None:
         return None
     for folder in (path, *path.parents):
         if all((folder / name).is_file() for name in ("run.json", "recipe.yaml")):
-            outputs = output_paths(folder).items()
-            return folder, next((out for out, at in outputs if path.is_relative_to(at)), "run")
+            if path == folder:
+                return folder, "run"
+            inside = (out for out, at in output_paths(folder).items() if path.is_relative_to(at))
+            return folder, next(inside, path.relative_to(folder).as_posix())
     return None
 
 

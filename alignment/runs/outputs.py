@@ -161,13 +161,14 @@ def output_hash(run: Path, output: str) -> str | None:
     """The hash of what is there now of a run's output, None if there is nothing.
 
     Args:
-        output: "model", "data", or "run" for anything else in the folder of a finished run: the
-            hash of its `finished.json`, which is written once.
+        output: "model", "data", the path of anything else in the run's folder relative to that, or
+            "run" for the whole of a finished run: the hash of its `finished.json`, which is written
+            once.
 
     Raises:
         AlignmentError: it cannot be read.
     """
-    path = output_paths(run).get(output, run / FINISHED)
+    path = {**output_paths(run), "run": run / FINISHED}.get(output, run / output)
     if not path.exists():
         return None
     finished = read_finished(run)

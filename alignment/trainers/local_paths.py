@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from alignment.config.load import load_stage
 from alignment.config.options import resolve
+from alignment.config.pipeline import PipelineRecipe
 from alignment.config.schema import Recipe
 from alignment.data.sources import existing_file, file
 from alignment.modeling.catalog import local_directory
 from alignment.modeling.template_file import template_file
+from alignment.runs.outputs import FINISHED
 from alignment.types import UserInputError
 
 _RUNS = "runs"  # the default of run.dir, under which shipped recipes look for each other's models
@@ -35,6 +38,31 @@ def check_local_paths(recipe: Recipe) -> list[str]:
     missing = list(_missing(recipe))
     _refuse([problem for value, problem in missing if not _to_be_made(value, recipe)])
     return [f"{problem}; run the recipe that makes it first" for _, problem in missing]
+
+
+def check_pipeline_paths(pipeline: PipelineRecipe) -> None:
+    """As `check_local_paths` for each stage that is not finished, and the same for the comparison,
+    which may name nothing that is not there: better known before the first stage has run.
+
+    Raises:
+        UserInputError: a file or folder is not there, with the stage and the key that name it.
+    """
+    for stage in pipeline.stages:
+        recipe = load_stage(pipeline, stage.name)
+        if (Path(recipe.run.dir) / recipe.run.name / FINISHED).is_file():
+            continue  # it stands without what it started from
+        try:
+            check_local_paths(recipe)
+        except UserInputError as error:
+            raise UserInputError(f"stage {stage.name!r}: {error}") from error
+    reference = None if pipeline.compare is None else pipeline.compare.reference
+    if reference is None or "${stages." in reference:
+        return
+    try:
+        local_directory(reference)
+    except UserInputError as error:
+        hint = 'the model of a stage is "${stages.NAME.model}"'
+        raise UserInputError(f"compare.reference: {error}; {hint}") from error
 
 
 def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -12,14 +12,13 @@ from rich.console import Console
 from alignment import registry
 from alignment.activity import doing
 from alignment.config.load import dump_recipe, load_stage
-from alignment.config.methods.base import needs_of
 from alignment.config.pipeline import (
     BASE,
     CompareConfig,
     PipelineRecipe,
     compared_models,
-    makes_policy,
     resolve_references,
+    task_recipe,
 )
 from alignment.config.schema import Recipe
 from alignment.distributed import Distributed
@@ -29,13 +28,16 @@ from alignment.runs.files import write_atomic
 from alignment.runs.inputs import find_parents, refuse_changed_inputs
 from alignment.runs.lineage import run_info
 from alignment.runs.metrics import MetricsWriter
-from alignment.runs.outputs import output_hash, output_paths, read_finished, write_finished
+from alignment.runs.outputs import FINISHED, output_paths, read_finished, write_finished
 from alignment.runs.watch import Watch
+from alignment.trainers.compared import Role, rests_on, roles
 from alignment.trainers.evaluation import evaluate_model
 from alignment.trainers.going_on import names_checkpoint
+from alignment.trainers.local_paths import check_pipeline_paths
 from alignment.trainers.locked import locked
 from alignment.trainers.loop import Stopped
-from alignment.trainers.run import check_expectations, check_resumable, train, write_report
+from alignment.trainers.run import check_expectations, train, write_report
+from alignment.trainers.same_recipe import check_resumable, take_up_recipe
 from alignment.types import UserInputError
 
 COMPARISON = "comparison.txt"
@@ -58,6 +60,7 @@ def run_pipeline(
             changed since it started, or `resume` is a checkpoint.
         AlignmentError: a stage stopped, or expectations were not met.
     """
+    check_pipeline_paths(pipeline)
     directory = _open(pipeline, resume, command)
     events = EventLog(directory.events)
     with locked(directory.path, Distributed(), events):
@@ -67,6 +70,9 @@ def run_pipeline(
 def _run(
     pipeline: PipelineRecipe, directory: RunDirectory, events: EventLog, command: Sequence[str]
 ) -> RunDirectory:
+    distributed = Distributed()
+    if distributed.is_main and take_up_recipe(directory, pipeline, command):
+        Console().print("the recipe asks for another comparison or outcome than it did")
     outputs: Outputs = {}
     recipes: dict[str, Recipe] = {}
     for stage in pipeline.stages:
@@ -80,7 +86,6 @@ def _run(
         outputs[stage.name] = stage_outputs(run.path)
         recipes[stage.name] = recipe
         gc.collect()
-    distributed = Distributed()
     # Ranks that wait for rank 0 see in its heartbeat that it moves.
     with Watch(
         directory.path,
@@ -117,17 +122,17 @@ def _open(pipeline: PipelineRecipe, resume: str, command: Sequence[str]) -> RunD
             f"align train {path}/stages/NAME/recipe.yaml --resume {resume}, and then go on with "
             "the pipeline without --resume"
         )
-    recipe_yaml = dump_recipe(pipeline)
     distributed = Distributed()
     if distributed.broadcast(path.exists()):
-        check_resumable(path, recipe_yaml, resume)
+        check_resumable(path, pipeline, resume)
     elif distributed.is_main:
-        _create(pipeline, recipe_yaml, command)
+        _create(pipeline, command)
     distributed.barrier()
     return RunDirectory.open(path)
 
 
-def _create(pipeline: PipelineRecipe, recipe_yaml: str, command: Sequence[str]) -> None:
+def _create(pipeline: PipelineRecipe, command: Sequence[str]) -> None:
+    recipe_yaml = dump_recipe(pipeline)
     info = run_info(
         recipe=recipe_yaml,
         command=command,
@@ -167,20 +172,41 @@ def _compare_if_needed(
     recipes: Mapping[str, Recipe],
     outputs: Outputs,
 ) -> None:
-    """Compare, unless that was done with the models as they are."""
-    models = {} if pipeline.compare is None else _models(pipeline, recipes, outputs)
-    hashes = {
-        name: output_hash(Path(outputs[name]["run"]), "model") if name in outputs else None
-        for name in models
-    }
+    """Compare, unless that was done with all as it is."""
+    config, basis = pipeline.compare, dict[str, str]()
+    if config is not None:
+        models = _models(pipeline, recipes, outputs)
+        reference = resolve_references(config.reference, outputs)
+        basis = rests_on(config, recipes, models, reference)
     finished = read_finished(directory.path)
-    if finished is not None and finished.compared in (None, hashes):
+    if finished is not None and finished.compared == basis:
         return
-    if finished is not None:
-        Console().print("a model has changed since it was compared: comparing again")
-    if pipeline.compare is not None:
-        _compare(directory, pipeline.compare, _task_recipe(recipes), models, outputs)
-    write_finished(directory.path, compared=hashes)
+    if finished is not None and config is not None:
+        known = finished.compared or {}
+        changed = [what for what in basis if known.get(what, basis[what]) != basis[what]]
+        why = (
+            f"not as before: {', '.join(changed)}" if changed else "what it rested on is not known"
+        )
+        Console().print(f"comparing again; {why}", markup=False, soft_wrap=True)
+    (directory.path / FINISHED).unlink(missing_ok=True)
+    _clear(directory)
+    if config is not None:
+        made = {name: made["model"] for name, made in outputs.items() if "model" in made}
+        parts = roles(models, reference, recipes, made)
+        _compare(directory, config, task_recipe(recipes), models, reference, parts)
+    write_finished(directory.path, compared=basis)
+
+
+def _clear(directory: RunDirectory) -> None:
+    """Remove what an earlier comparison left; evaluations that a person made have steps."""
+    evaluations = directory.evals_dir.glob("*.json*")
+    for path in (
+        directory.path / COMPARISON,
+        *directory.path.glob("comparison*.json"),
+        *(path for path in evaluations if "-step-" not in path.name),
+    ):
+        path.unlink(missing_ok=True)
+    MetricsWriter(directory.metrics).truncate_after(-1)
 
 
 def _models(
@@ -194,24 +220,15 @@ def _models(
     }
 
 
-def _task_recipe(recipes: Mapping[str, Recipe]) -> Recipe:
-    """Where held-out data, rewards and sampling come from: the last stage with a policy that has
-    rewards, or the last that trains a policy where none has."""
-    latest_first = list(recipes.values())[::-1]
-    with_policy = [r for r in latest_first if needs_of(r.algorithm).model == "policy"]
-    with_rewards = [recipe for recipe in with_policy if recipe.rewards]
-    return [*with_rewards, *filter(makes_policy, with_policy)][0]
-
-
 def _compare(
     directory: RunDirectory,
     config: CompareConfig,
     recipe: Recipe,
     models: Mapping[str, str],
-    outputs: Outputs,
+    reference: str | None,
+    parts: Mapping[str, Role],
 ) -> None:
     """Evaluate each model with the same seeds, and write the tables."""
-    reference = resolve_references(config.reference, outputs)
     results: dict[str, Mapping[str, Any]] = {}
     for name, path in models.items():
         Console().print(f"evaluating {name}", highlight=False)
@@ -220,17 +237,15 @@ def _compare(
                 recipe, path, config.tasks, seed=config.seed, reference=reference
             )
         gc.collect()
-    for leftover in directory.path.glob("comparison*.json"):  # of an earlier comparison
-        leftover.unlink()
     metrics: dict[str, float] = {}
     tables: list[str] = []
+    write_tables = registry.get("report", "comparison")
     for task in next(iter(results.values())):
         per_model = {name: result[task] for name, result in results.items()}
-        tables.append(registry.get("report", "comparison")(per_model, directory.path, task))
+        tables.append(write_tables(per_model, directory.path, task, parts))
         for name, result in per_model.items():
             metrics |= {f"{task}/{name}/{key}": v for key, v in result.metrics.items()}
     writer = MetricsWriter(directory.metrics)
-    writer.truncate_after(-1)
     writer.write(0, metrics)
     writer.close()
     write_atomic(directory.path / COMPARISON, "\n\n".join(tables) + "\n")

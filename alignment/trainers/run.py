@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from alignment import registry
 from alignment.activity import doing
-from alignment.config.load import dump_recipe, load_recipe
+from alignment.config.load import dump_recipe
 from alignment.config.methods.base import needs_of
 from alignment.config.schema import Recipe
 from alignment.distributed import Distributed
@@ -56,6 +55,7 @@ from alignment.trainers.recorded import (
     rollouts_for,
     without_sampling,
 )
+from alignment.trainers.same_recipe import check_resumable, take_up_recipe
 from alignment.trainers.setup import Loaded, assemble, load_parts
 from alignment.trainers.state import restore_state
 from alignment.types import AlignmentError, UserInputError
@@ -92,11 +92,11 @@ def train(
     )
     check_named_checkpoint(path, resume)
     if exists:
-        check_resumable(path, start.recipe_yaml, resume)
+        check_resumable(path, recipe, resume)
         refuse_changed_inputs(path, f"the run {path}")
         refuse_other_source(RunDirectory(path).read_info(), f"the run {path}", rollouts_from)
         if (path / FINISHED).is_file():
-            return _take_finished(RunDirectory.open(path), is_main=distributed.is_main)
+            return _take_finished(start)
     with ExitStack() as held:
         return _train(start, held)
 
@@ -230,37 +230,6 @@ def algorithm_type(recipe: Recipe) -> str:
     return name
 
 
-def check_resumable(path: Path, recipe_yaml: str, resume: str) -> None:
-    """Refuse to touch a run that is not this recipe's.
-
-    Raises:
-        UserInputError: the name is taken and resuming is off, or its recipe differs (shown).
-    """
-    if resume == "never":
-        raise UserInputError(
-            f"the run {path} exists already and is not overwritten; choose another run.name, go "
-            "on with it by --resume auto, or delete it"
-        )
-    old = _as_dumped_now(RunDirectory.open(path).recipe)
-    if old != recipe_yaml:
-        changes = difflib.unified_diff(
-            old.splitlines(), recipe_yaml.splitlines(), "the run's", "yours", lineterm="", n=1
-        )
-        raise UserInputError(
-            f"the run {path} was made with another recipe:\n"
-            + "\n".join(changes)
-            + "\nchoose another run.name, or delete the run"
-        )
-
-
-def _as_dumped_now(recipe: Path) -> str:
-    """A run's recipe with what later versions of the toolkit have added at its default."""
-    try:
-        return dump_recipe(load_recipe(recipe))
-    except UserInputError:  # it has keys that are gone: shown as a difference
-        return recipe.read_text(encoding="utf-8")
-
-
 def _open_directory(start: _Start, inputs: _Inputs) -> RunDirectory:
     """Rank 0 creates or takes up the folder; the others use it."""
     run, prints, recorded = start.recipe.run, inputs.loaded.fingerprints, inputs.recorded
@@ -354,15 +323,18 @@ def _save_model(
             extra_files(directory.model_dir)
 
 
-def _take_finished(directory: RunDirectory, *, is_main: bool) -> RunDirectory:
-    """Do what a kill after `finished.json` may have cut off, and judge the run as at its end.
+def _take_finished(start: _Start) -> RunDirectory:
+    """Do what a kill after `finished.json` may have cut off, and judge the run as at its end, by
+    what is expected of it now.
 
     Raises:
         AlignmentError: something expected did not come.
     """
+    directory = RunDirectory.open(start.path)
     Console().print(f"{directory.path} is finished already; nothing to train", soft_wrap=True)
-    if is_main:
-        if not directory.report.is_file():
+    if start.distributed.is_main:
+        changed = take_up_recipe(directory, start.recipe, start.command)
+        if changed or not directory.report.is_file():
             write_report(directory)
         check_expectations(directory)
     return directory
@@ -391,5 +363,7 @@ def check_expectations(directory: RunDirectory) -> None:
     if n_failed:
         raise AlignmentError(
             f"{n_failed} of {len(results)} expectations of the recipe were not met; the run is "
-            f"complete and saved in {directory.path}"
+            f"complete and saved in {directory.path}. Change what makes it fall short and choose "
+            "another run.name; or lower the expectations (expect in the recipe) and give the "
+            "command again, which trains nothing again"
         )

@@ -17,7 +17,7 @@ from alignment.config import (
     load_recipe,
     load_stage,
 )
-from alignment.config.load import parse_recipe
+from alignment.config.load import dump_making, load_making, parse_recipe
 from alignment.config.methods.base import Needs
 from alignment.config.methods.sft import SFTConfig
 from alignment.config.pipeline import compared_models, makes_policy
@@ -304,3 +304,77 @@ def test_a_comparison_needs_a_policy(with_makers: Path) -> None:
 def test_a_model_of_rewards_may_be_anything_but_a_start(with_makers: Path) -> None:
     options = ["stages.rl.set.data.path=${stages.rm.model}", "compare.reference=${stages.rl.model}"]
     assert load(with_makers, *options).stages[3].set["data.path"] == "${stages.rm.model}"
+
+
+# -- mistakes in the comparison, known before a stage has run -----------------------------------
+
+
+class Choosy:
+    """A task that wants a reward called `best`, from four rows and a reference."""
+
+    def check_needs(self, *, rewards: list[str], held_out: int, reference: bool) -> None:
+        if (rewards, held_out, reference) != (["best"], 4, True):
+            raise UserInputError(f"wants more than {rewards}, {held_out}, {reference}")
+
+
+def choosy(low: int = 0, high: int = 1) -> Choosy:
+    if low > high:
+        raise UserInputError(f"low {low} is above high {high}")
+    return Choosy()
+
+
+CHOOSY = ["compare.tasks=[{type: choosy}]", "compare.reference=${stages.sft.model}"]
+SERVED = ["stages.rl.set.rewards=[{type: good, name: best}]", "stages.rl.set.data.held_out=4"]
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._registered, "task", {"quiz": quiz, "choosy": choosy})
+
+
+@pytest.mark.usefixtures("tasks")
+def test_a_comparisons_tasks_are_made_when_the_pipeline_is_read(folder: Path) -> None:
+    load(folder, *CHOOSY, *SERVED)
+    with pytest.raises(UserInputError, match=r"compare\.tasks\.0: low 2 is above high 1"):
+        load(folder, *SERVED, "compare.tasks=[{type: choosy, low: 2}]")
+
+
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ([*CHOOSY, SERVED[0]], "['best'], 0, True"),
+        ([*CHOOSY, SERVED[1]], "['good'], 4, True"),
+        ([CHOOSY[0], *SERVED], "['best'], 4, False"),
+    ],
+)
+def test_a_task_is_told_what_the_stage_that_serves_it_has(
+    folder: Path, overrides: list[str], found: str
+) -> None:
+    with pytest.raises(UserInputError) as caught:
+        load(folder, *overrides)
+    message = f"wants more than {found} (its data and rewards are those of stage 'rl')"
+    assert f"compare.tasks.0: {message}" in str(caught.value)
+
+
+def test_expectations_of_no_comparison_are_refused(folder: Path) -> None:
+    with pytest.raises(UserInputError, match="expect: there is no comparison whose metrics"):
+        load(folder, "compare=null", "expect=[a > 0]")
+    load(folder, "compare=null")
+    with pytest.raises(UserInputError, match=r"compare\.tasks: names no task to compare on"):
+        load(folder, "compare.tasks=[]")
+
+
+def test_what_a_run_makes_is_told_from_what_is_asked_of_it(folder: Path) -> None:
+    asked = ["compare.seed=3", "expect=[a > 0]", "stages.rl.set.expect=[b > 1]"]
+    whole, other = load(folder), load(folder, *asked)
+    assert dump_recipe(whole) != dump_recipe(other)
+    assert dump_making(whole) == dump_making(other)
+    assert dump_making(whole) != dump_making(load(folder, "stages.rl.set.optim.lr=1"))
+    path = folder / "stored.yaml"
+    path.write_text(dump_recipe(other).replace("type: quiz", "type: gone"))
+    assert load_making(path) == dump_making(whole)
+    path.write_text(SFT + "expect: ['a > 0', nonsense]\n")
+    assert load_making(path) == dump_making(load_stage(whole, "sft")).replace(
+        "name: sft", "name: own"
+    ).replace("seed: 7", "seed: 0").replace("dir: out/two/stages", "dir: runs")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from alignment.config.methods.base import DataForm
+from alignment.trainers.compared import Role
 from alignment.types import (
     Completion,
     Outcome,
@@ -202,7 +203,12 @@ def rm_run(folder: Path, rng: np.random.Generator) -> None:
         preference().run(context).save(folder / "evals" / f"preference-step-{step:06d}")
 
 
-def make_pipeline(root: Path, *, evaluated: bool = False) -> Path:
+ROLES: dict[str, Role] = {"base": "ancestor", "sft": "itself", "ppo": "start", "dpo": "start"}
+
+
+def make_pipeline(
+    root: Path, *, evaluated: bool = False, order: Sequence[str] = tuple(ROLES)
+) -> Path:
     """SFT, reward model, PPO and DPO, compared on `reward_kl` under the name `frontier`."""
     path = root / "rlhf"
     rng = np.random.default_rng(0)
@@ -227,7 +233,7 @@ def make_pipeline(root: Path, *, evaluated: bool = False) -> Path:
         "ppo": evaluate(2.9, 22.0, 3),
         "dpo": evaluate(1.4, 7.5, 4),
     }
-    compare_in_run(results, path, "frontier")
+    compare_in_run({name: results[name] for name in order}, path, "frontier", ROLES)
     return path
 
 
@@ -293,10 +299,57 @@ def test_without_the_reference_there_is_no_place_for_best_of_n(pipeline: Path) -
     assert [row[0] for row in view.rows[1:]] == ["base", "ppo", "dpo"]
 
 
+def test_the_reference_is_the_one_that_the_pipeline_names(tmp_path: Path) -> None:
+    """A policy that stayed near the reference is not taken for it."""
+    path = make_pipeline(tmp_path, order=("dpo", "ppo"))
+    near = evaluate(0.1, 0.03, 5)
+    near = replace(near, labels={**near.labels, "reference": "start"})
+    assert abs(near.metrics["kl"]) < 0.05
+    near.save(path / "evals" / "ppo-frontier")
+    (frontier,) = read_frontiers(read_run(path))
+    assert frontier.reference is None and frontier.of_kind("best_of") == []
+    assert {one.method for one in frontier.of_kind("training")} == {"ppo"}
+
+
+@pytest.mark.parametrize("order", [("dpo", "ppo", "base", "sft"), ("ppo", "base", "dpo", "sft")])
+def test_models_are_drawn_wherever_the_reference_is_listed(
+    tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    (frontier,) = read_frontiers(read_run(make_pipeline(tmp_path, order=order)))
+    assert frontier.ancestors == ("base",)
+    for chart in frontier_view(frontier).charts:
+        assert [row[0] for row in chart.rows if row[1] == "model"] == [
+            name for name in order if name != "base"
+        ]
+        assert "In the table alone, as the reference came from it: base." in chart.caption
+    assert [row[0] for row in frontier_view(frontier).rows[1:5]] == list(order)
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ("rollout: {temperature: 1.0}\nalgorithm: {kl: {estimator: k3}}", True),
+        ("rollout: {temperature: 1.0}\nalgorithm: {kl: {estimator: k1}}", True),
+        ("rollout: {temperature: 0.7}\nalgorithm: {kl: {estimator: k1}}", False),
+        ("rollout: {temperature: 1.0}\nalgorithm: {kl: {estimator: k2}}", False),
+        ("model: {reference: {mode: synced}}", False),
+    ],
+)
+def test_a_way_of_another_divergence_is_left_out(
+    tmp_path: Path, settings: str, drawn: bool
+) -> None:
+    """kl/sequence at another temperature is of other distributions, k2 is no unbiased estimate, and
+    a reference that follows is not where the training started."""
+    path = make_pipeline(tmp_path)
+    (path / "stages/ppo/recipe.yaml").write_text(settings + "\n")
+    (frontier,) = read_frontiers(read_run(path))
+    assert bool(frontier.of_kind("training")) == drawn
+
+
 def test_names_that_begin_alike_keep_their_results(tmp_path: Path) -> None:
     results = {"sft": evaluate(0, 0, 1), "sft-ppo": evaluate(1, 4, 2)}
     (tmp_path / "evals").mkdir()
-    compare_in_run(results, tmp_path, "reward_kl")
+    compare_in_run(results, tmp_path, "reward_kl", {"sft": "itself", "sft-ppo": "start"})
     (frontier,) = read_frontiers(read_run(tmp_path))
     for name, result in results.items():
         kl = point(frontier.of_kind("model"), name).kl.value

@@ -9,6 +9,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from alignment.cli import app
+from alignment.config import PipelineRecipe, load_recipe
+from alignment.trainers.local_paths import check_pipeline_paths
+from alignment.types import UserInputError
 
 
 def align(*arguments: str) -> Result:
@@ -76,3 +79,53 @@ def test_what_an_earlier_stage_makes_is_not_looked_for() -> None:
     result = align("check", "smollm2-135m/rlhf-sentiment")
     assert result.exit_code == 0, result.output
     assert "caution" not in result.stdout
+
+
+REFERENCE = "compare.reference=runs/x/modle"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (REFERENCE, "compare.reference: model path 'runs/x/modle': no such directory"),
+        (
+            "compare.tasks=[{type: reward_kl, select_by: proxy, gold: glod}]",
+            "gold is 'glod', and the run's rewards are proxy, gold; name one of them (its data and "
+            "rewards are those of stage 'ppo')",
+        ),
+        (
+            "compare.tasks=[{type: reward_kl, samples: 8, best_of: [16], select_by: proxy}]",
+            "best of 16 needs 1 <= n <= samples, and samples is 8",
+        ),
+        ("compare.reference=null", "measures the distance from a reference and there is none"),
+        ("stages.ppo.set.data.held_out=0", "task 'reward_kl' has no held-out prompts"),
+        ("stages.rm.set.data.path=no.jsonl", "stage 'rm': data.path: data file 'no.jsonl' does"),
+    ],
+)
+def test_a_mistake_in_a_comparison_or_a_later_stage_is_refused_before_the_first_runs(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    for command in ("check", "train"):
+        result = align(command, "tiny/rlhf", override)
+        assert result.exit_code == 2, (command, result.output)
+        assert message in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_reference_that_is_there_is_accepted_and_shown(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "x" / "modle").mkdir(parents=True)
+    result = align("check", "tiny/rlhf", REFERENCE)
+    assert result.exit_code == 0, result.output
+    assert "reference  runs/x/modle" in result.stdout
+
+
+def test_what_a_finished_stage_started_from_may_be_gone(tmp_path: Path) -> None:
+    gone = ("tiny/rlhf", "stages.sft.set.data={type: file, path: gone.jsonl}")
+    pipeline = load_recipe(*gone[:1], gone[1:])
+    assert isinstance(pipeline, PipelineRecipe)
+    with pytest.raises(UserInputError, match=r"stage 'sft': data\.path: data file 'gone\.jsonl'"):
+        check_pipeline_paths(pipeline)
+    stage = tmp_path / "runs" / "tiny-rlhf" / "stages" / "sft"
+    stage.mkdir(parents=True)
+    (stage / "finished.json").write_text("{}")
+    check_pipeline_paths(pipeline)

@@ -28,8 +28,11 @@ from alignment.runs.lineage import run_info
 from alignment.runs.lock import RunLock
 from alignment.runs.outputs import Encoding, contents, write_finished
 from alignment.trainers import pipeline as pipeline_module
+from alignment.trainers import run as run_module
+from alignment.trainers.compared import roles
 from alignment.trainers.pipeline import run_pipeline, stage_outputs
-from alignment.types import UserInputError
+from alignment.trainers.run import train
+from alignment.types import AlignmentError, UserInputError
 
 T, C, OTHER = "a" * 64, "b" * 64, "c" * 64
 ENCODING = Encoding(T, C, 260)
@@ -90,7 +93,7 @@ def test_settings_that_lead_into_runs_are_inputs(tmp_path: Path) -> None:
     assert found == {
         "model.path": ("model", contents(parent.model_dir).hash),
         "data.path": ("data", contents(parent.data).hash),
-        "model.chat_template": ("run", contents(parent.path / "finished.json").hash),
+        "model.chat_template": ("recipe.yaml", contents(parent.recipe).hash),
     }
     assert {record.run for record in find_parents(recipe)} == {str(parent.path)}
 
@@ -165,6 +168,19 @@ def test_a_run_without_a_record_is_told_apart(tmp_path: Path) -> None:
     assert not refuse_changed_inputs(tmp_path / "old", "stage 'old'")
 
 
+def test_another_file_of_a_run_is_an_input_by_what_is_in_it(tmp_path: Path) -> None:
+    parent = finish(begin(sft(tmp_path, "one")), "1")
+    template = parent.path / "notes" / "t.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    child = begin(sft(tmp_path, "two", f"model.chat_template={template}"))
+    change(parent.path / "finished.json", "{}")  # as of a run that came out the same again, later
+    assert refuse_changed_inputs(child.path, "stage 'two'")
+    change(template, "{{ other }}")
+    with pytest.raises(UserInputError, match=r"is the notes/t\.jinja of .*, which was [0-9a-f]{8}"):
+        refuse_changed_inputs(child.path, "stage 'two'")
+
+
 # -- compatibility ----------------------------------------------------------------------------
 
 
@@ -172,7 +188,7 @@ def parent_of(key: str, output: str = "model", **differing: Any) -> ParentRecord
     return ParentRecord(key, "runs/p", output, "0", dataclasses.replace(ENCODING, **differing))
 
 
-@pytest.mark.parametrize("output", ["model", "data", "run"])
+@pytest.mark.parametrize("output", ["model", "data", "run", "notes/t.jinja"])
 def test_equal_encodings_fit(output: str) -> None:
     check_compatible(ENCODING, [parent_of("model.path", output)])
 
@@ -182,6 +198,7 @@ def test_what_is_not_known_is_not_compared() -> None:
     check_compatible(ENCODING, [ParentRecord("model.path", "runs/p", "model", "0", None)])
     check_compatible(Encoding(None, None), [parent_of("model.path")])
     check_compatible(ENCODING, [parent_of("x", "run", tokenizer=OTHER)])
+    check_compatible(ENCODING, [parent_of("x", "notes/t.jinja", tokenizer=OTHER)])
 
 
 @pytest.mark.parametrize(
@@ -450,3 +467,136 @@ def test_a_stage_offers_what_it_made(tmp_path: Path) -> None:
     finish(run, "1", data="{}\n")
     made = {"run": run.path, "model": run.model_dir, "data": run.data}
     assert stage_outputs(run.path) == {name: str(path) for name, path in made.items()}
+
+
+# -- what may be asked otherwise of what is there ----------------------------------------------
+
+ALL = ["first", "aside", "last"]
+
+
+def test_another_comparison_is_made_and_trains_nothing(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    before = run.recipe.read_text()
+    (run.evals_dir).mkdir()
+    for name in ("first-held_out_loss.json", "first-held_out_loss.jsonl", "mine-step-000003.json"):
+        (run.evals_dir / name).write_text("{}")
+    stages.compared.clear()
+    capsys.readouterr()
+    other = pipeline(tmp_path, "compare: {", "compare: {seed: 5, models: [last], ")
+    run_pipeline(other)
+    assert "comparing again; not as before: compare\n" in capsys.readouterr().out
+    assert (stages.trained, len(stages.compared)) == (ALL, 1)
+    assert run.recipe.read_text() == dump_recipe(other)
+    assert (run.path / "recipe-1.yaml").read_text() == before
+    assert [path.name for path in run.evals_dir.iterdir()] == ["mine-step-000003.json"]
+    run_pipeline(other)
+    assert (stages.trained, len(stages.compared)) == (ALL, 1)
+    assert len(list(run.path.glob("recipe-*.yaml"))) == 1
+
+
+def test_a_comparison_that_is_taken_out_leaves_nothing(tmp_path: Path, stages: Stages) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    assert (run.path / "comparison.txt").is_file() and run.metrics.read_text()
+    run_pipeline(pipeline(tmp_path, "compare: {tasks: [{type: held_out_loss}]}", ""))
+    assert not (run.path / "comparison.txt").exists() and run.metrics.read_text() == ""
+    assert stages.trained == ALL
+
+
+def test_other_expectations_neither_train_nor_compare(tmp_path: Path, stages: Stages) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    stages.compared.clear()
+    old = "compare: {tasks: [{type: held_out_loss}]}"
+    other = pipeline(tmp_path, old, f"{old}\nexpect: ['held_out_loss/last/loss < 2']")
+    run_pipeline(other)
+    first = "{name: first, recipe: tiny/sft"
+    run_pipeline(pipeline(tmp_path, first, f"{first}, set: {{expect: ['loss < 9']}}"))
+    assert (stages.trained, stages.compared) == (ALL, [])
+    assert "loss < 9" in run.recipe.read_text()
+
+
+def test_another_setting_of_a_stage_is_still_refused(tmp_path: Path, stages: Stages) -> None:
+    run_pipeline(pipeline(tmp_path))
+    first = "{name: first, recipe: tiny/sft"
+    other = pipeline(tmp_path, first, f"{first}, set: {{optim.lr: 9.0, expect: []}}")
+    with pytest.raises(UserInputError, match="was made with another recipe") as caught:
+        run_pipeline(other)
+    assert "optim.lr: 9.0" in str(caught.value) and "expect" not in str(caught.value)
+
+
+def test_a_comparison_that_could_not_be_made_is_corrected(tmp_path: Path, stages: Stages) -> None:
+    """Such as one of a version that noticed only in the end."""
+    run = run_pipeline(pipeline(tmp_path))
+    (run.path / "finished.json").unlink()
+    run.recipe.write_text(run.recipe.read_text().replace("type: held_out_loss", "type: held_loss"))
+    stages.compared.clear()
+    run_pipeline(pipeline(tmp_path))
+    assert (stages.trained, len(stages.compared)) == (ALL, 4)
+
+
+def test_an_edited_reference_is_noticed(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = finish(begin(sft(tmp_path, "elsewhere")), "1")
+    options = f"compare: {{reference: '{elsewhere.model_dir}', "
+    run_pipeline(pipeline(tmp_path, "compare: {", options))
+    stages.compared.clear()
+    change(elsewhere.model_dir / "model.safetensors", "9")
+    capsys.readouterr()
+    run_pipeline(pipeline(tmp_path, "compare: {", options))
+    assert "comparing again; not as before: the reference\n" in capsys.readouterr().out
+    assert (stages.trained, len(stages.compared)) == (ALL, 4)
+
+
+def test_the_comparison_rests_on_the_stage_that_serves_it(tmp_path: Path, stages: Stages) -> None:
+    """A stage that came out bit-equal from another recipe may hold out other rows."""
+    run = run_pipeline(pipeline(tmp_path))
+    remove(run.path / "stages" / "last")
+    path = "set: {model.path"
+    text = PIPELINE.format(folder=tmp_path).replace(path, f"set: {{data.held_out: 3, {path[6:]}")
+    run.recipe.write_text(dump_recipe(parse_recipe(text)))
+    stages.compared.clear()
+    recipe = parse_recipe(text)
+    assert isinstance(recipe, PipelineRecipe)
+    run_pipeline(recipe)
+    assert (stages.trained[3:], len(stages.compared)) == (["last"], 4)
+
+
+def test_what_models_are_to_the_reference(tmp_path: Path) -> None:
+    """base -> a -> b -> c, and d beside them from b's very weights."""
+    a = finish(begin(sft(tmp_path, "a", "model.path=hub/base")), "a")
+    b = finish(begin(sft(tmp_path, "b", f"model.path={a.model_dir}")), "b")
+    c = finish(begin(sft(tmp_path, "c", f"model.path={b.model_dir}")), "c")
+    d = finish(begin(sft(tmp_path, "d", f"model.path={c.model_dir}")), "d")
+    copy = finish(begin(sft(tmp_path, "copy", "model.path=hub/base")), "b")
+    runs = {"a": a, "b": b, "c": c, "d": d}
+    recipes = {name: load_recipe(run.recipe) for name, run in runs.items()}
+    made = {name: str(run.model_dir) for name, run in runs.items()}
+    models = {"d": made["d"], "c": made["c"], "base": "hub/base", "b": made["b"], "a": made["a"]}
+    expected = {"c": "start", "b": "itself", "a": "ancestor", "base": "ancestor"}
+    assert roles(models, made["b"], recipes, made) == expected
+    assert roles(models, str(copy.model_dir), recipes, made) == expected
+    assert roles({"c": made["c"]}, made["b"], recipes, made) == {"c": "start"}
+    assert roles(models, "hub/base", recipes, made) == {"base": "itself", "a": "start"}
+    assert roles(models, None, recipes, made) == {}
+
+
+def test_a_finished_run_is_judged_by_what_is_expected_of_it_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[Path] = []
+    monkeypatch.setattr(run_module, "write_report", lambda run: reports.append(run.path))
+    high, low = (sft(tmp_path, "one", f"expect=[loss < {limit}]") for limit in (1, 3))
+    run = finish(begin(high), "1")
+    run.metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    run.report.write_text("")
+    with pytest.raises(AlignmentError, match=r"lower the expectations \(expect in the recipe\)"):
+        train(high)
+    assert reports == []
+    train(low)
+    assert run.recipe.read_text() == dump_recipe(low)
+    assert (run.path / "recipe-1.yaml").read_text() == dump_recipe(high)
+    assert reports == [run.path]
+    with pytest.raises(UserInputError, match="was made with another recipe"):
+        train(sft(tmp_path, "one", "optim.lr=1"))

@@ -173,6 +173,8 @@ def test_the_hash_of_an_output_is_of_what_is_there_now(run: Path, reads: list[st
     assert output_hash(run, "run") == sha((run / "finished.json").read_bytes())
     (run / "finished.json").unlink()
     assert output_hash(run, "run") is None
+    assert output_hash(run, "model/adapter/weights") == sha(b"d")
+    assert output_hash(run, "gone.txt") is None
 
 
 def test_what_cannot_be_read_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
