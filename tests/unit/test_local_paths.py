@@ -12,6 +12,8 @@ from alignment.cli import app
 from alignment.config import PipelineRecipe, load_recipe
 from alignment.trainers.local_paths import check_pipeline_paths
 from alignment.types import UserInputError
+from evals.reward_kl_task import reward_kl
+from evals.tasks import verifiable
 
 
 def align(*arguments: str) -> Result:
@@ -129,3 +131,14 @@ def test_what_a_finished_stage_started_from_may_be_gone(tmp_path: Path) -> None:
     stage.mkdir(parents=True)
     (stage / "finished.json").write_text("{}")
     check_pipeline_paths(pipeline)
+
+
+def test_a_task_that_grades_needs_prompts_and_rewards() -> None:
+    for task in (verifiable(), reward_kl()):
+        task.check_needs(rewards=["a"], held_out=1, reference=True)
+        with pytest.raises(UserInputError, match="grades completions, and there are no rewards"):
+            task.check_needs(rewards=[], held_out=1, reference=True)
+        with pytest.raises(UserInputError, match="has no held-out prompts"):
+            task.check_needs(rewards=["a"], held_out=0, reference=True)
+    with pytest.raises(UserInputError, match="best_of needs select_by where there are several"):
+        reward_kl(best_of=[2]).check_needs(rewards=["a", "b"], held_out=1, reference=True)
