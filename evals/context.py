@@ -53,10 +53,11 @@ class TaskContext(Protocol):
     reference_score: the same under the reference the model is held to (in a pipeline, one and the
               same for every model compared); None where there is none.
     pairs:    held-out preference pairs; None where the data has none.
-    pair_scores: scores of the chosen and of the rejected side of each pair, such that
-              sigmoid(chosen - rejected) is the model's probability of the preference: the head of
-              a reward model, or beta times the log-ratio to the reference for a policy. None where
-              the model ranks nothing.
+    pair_scores: scores of the chosen and of the rejected side of each pair: the head of a reward
+              model, or what the loss of a policy ranks by (`alignment.losses.preference_score`).
+              None where the model ranks nothing.
+    pair_scores_are_logits: whether sigmoid(chosen - rejected) is the model's probability of the
+              preference: of a reward model, and of a policy whose loss fits it.
     steps:    held-out completions with labelled steps; may be empty.
     step_scores: per sample one logit for each labelled step, sigmoid(logit) being the probability
               that the step is good. None where the model scores no steps.
@@ -95,6 +96,9 @@ class TaskContext(Protocol):
 
     @property
     def pair_scores(self) -> Callable[[PairBatch], tuple[list[float], list[float]]] | None: ...
+
+    @property
+    def pair_scores_are_logits(self) -> bool: ...
 
     @property
     def steps(self) -> Sequence[SteppedSample]: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,12 +47,15 @@ class PreferenceTask:
         | `accuracy` | share of pairs whose chosen side has the higher score; a tie is no hit |
         | `ties` | share of pairs scored alike |
         | `margin` | mean of chosen minus rejected score |
-        | `ece` | `evals.calibration.expected_calibration_error`, 10 bins |
-        | `brier` | mean of (1 - p)^2, p = sigmoid(margin) |
+        | `ece` | `evals.calibration.expected_calibration_error` of p = sigmoid(margin), 10 bins |
+        | `brier` | mean of (1 - p)^2 |
         | `length_correlation` | Pearson, of score difference with length difference in tokens |
         | `length_rank_correlation` | the same, Spearman |
         | `longer_wins`, `longer_chosen` | as in `evals.calibration.LengthBias` |
         | `pairs` | how many |
+
+        There is no `ece` and no `brier` where p is no probability that the model was trained for:
+        of a policy whose loss is not logistic (`alignment.losses.LOGISTIC_KINDS`).
 
         Intervals are clustered by prompt: pairs of one prompt are not independent. A record is a
         pair; its outcome is `correct` or `wrong`, its reward the margin, and `values` holds both
@@ -62,16 +65,20 @@ class PreferenceTask:
         if context.pair_scores is None:
             raise UserInputError(
                 f"task '{TASK}' needs a model that scores pairs: a reward model, or a policy with "
-                "a reference and a beta (DPO); evaluate one of those"
+                "a reference to compare with, unless it learned by a loss without one (simpo, cpo, "
+                "orpo); give align eval a --reference MODEL, or the recipe a model.reference"
             )
         chosen, rejected = context.pair_scores(pairs)
         if not len(chosen) == len(rejected) == len(pairs):
             raise AlignmentError(
                 f"{len(pairs)} pairs got {len(chosen)} chosen and {len(rejected)} rejected scores"
             )
-        probabilities = preference_probabilities(chosen, rejected)
+        probabilities = preference_probabilities(chosen, rejected)  # refuses what is not finite
         records = _records(pairs, chosen, rejected)
-        metrics, intervals = _summarize(records, probabilities, _prompts(pairs))
+        metrics, intervals = _summarize(records, _prompts(pairs))
+        if context.pair_scores_are_logits:
+            found = _calibration(probabilities, _prompts(pairs))
+            metrics, intervals = metrics | found[0], intervals | found[1]
         return EvalResult(TASK, records, metrics, intervals)
 
     def _pairs(self, context: TaskContext) -> PairBatch:
@@ -140,23 +147,32 @@ def _records(
 
 
 def _summarize(
-    records: Sequence[EvalRecord], probabilities: FloatArray, prompts: Sequence[object]
+    records: Sequence[EvalRecord], prompts: Sequence[object]
 ) -> tuple[Metrics, Intervals]:
     margins = np.array([record.reward for record in records], dtype=np.float64)
     hits = (margins > 0).astype(np.float64)
     estimates = {
         "accuracy": clustered_proportion(hits, prompts),
         "margin": _mean(margins, prompts),
-        "brier": _mean(brier_terms(probabilities), prompts),
     }
+    metrics, intervals = _values(estimates)
+    metrics["ties"] = float(np.mean(margins == 0))
+    metrics |= _length_metrics(records, margins)
+    metrics["pairs"] = float(len(records))
+    return metrics, intervals
+
+
+def _calibration(probabilities: FloatArray, prompts: Sequence[object]) -> tuple[Metrics, Intervals]:
+    metrics, intervals = _values({"brier": _mean(brier_terms(probabilities), prompts)})
+    metrics["ece"] = expected_calibration_error(reliability_bins(probabilities))
+    return metrics, intervals
+
+
+def _values(estimates: Mapping[str, Estimate]) -> tuple[Metrics, Intervals]:
     metrics: Metrics = {name: one.value for name, one in estimates.items()}
     intervals: Intervals = {
         name: (one.low, one.high) for name, one in estimates.items() if math.isfinite(one.low)
     }
-    metrics["ece"] = expected_calibration_error(reliability_bins(probabilities))
-    metrics["ties"] = float(np.mean(margins == 0))
-    metrics |= _length_metrics(records, margins)
-    metrics["pairs"] = float(len(records))
     return metrics, intervals
 
 

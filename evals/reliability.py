@@ -16,13 +16,13 @@ GREY = 5
 
 
 def reliability_charts(evals: Sequence[EvalSummary], problems: list[str]) -> Iterable[Chart]:
-    """A diagram for each of the evaluations that is of task `preference`.
+    """A diagram for each of the evaluations of task `preference` whose model gives probabilities.
 
     Args:
         problems: what cannot be read is added here.
     """
     for one in evals:
-        if one.kind != TASK:
+        if one.kind != TASK or "ece" not in one.metrics:
             continue
         try:
             bins = result_bins(EvalResult.load(one.path))

@@ -34,6 +34,15 @@ def evaluate(
     base: Annotated[
         bool, typer.Option("--base", help="Evaluate the model that the run started from.")
     ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Run or model to compare with, in tasks that do; by default the model that the "
+            "run started from.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     out: Annotated[
         Path | None,
@@ -62,6 +71,7 @@ def evaluate(
         configs,
         data_from=data_from,
         base=base,
+        reference=reference,
         seed=seed,
         out=out,
         overwrite=overwrite,

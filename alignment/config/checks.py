@@ -187,6 +187,33 @@ def _evaluation_has_work(recipe: Recipe) -> Problems:
         )
 
 
+COMPARING_TASKS = ("preference", "reward_kl")
+"""Tasks that compare a policy with its reference."""
+
+
+def _evaluation_has_a_reference(recipe: Recipe) -> Problems:
+    if needs_of(recipe.algorithm).model != "policy":
+        return
+    mode = recipe.model.reference.mode
+    ranks_alone = getattr(recipe.algorithm, "uses_reference", True) is False
+    for index, task in enumerate(recipe.eval.tasks):
+        found = ""
+        if task.type == "preference" and not ranks_alone:
+            found = {
+                "none": "scores completions by comparing with a reference, and this is none",
+                "synced": "scores completions by comparing with the reference, and one that "
+                "follows the policy tells nothing after each of its updates",
+            }.get(mode, "")
+        if task.type == "reward_kl" and mode in ("none", "precomputed"):
+            found = f"measures the KL of new completions from a reference; {mode} scores none"
+        if found:
+            yield problem(
+                ("eval", "tasks", index),
+                f"task {task.type} {found} (model.reference). Use frozen_copy, or adapter_off with "
+                "model.lora; or leave the task out, and give it to align eval when the run is done",
+            )
+
+
 RULES: tuple[Callable[[Recipe], Problems], ...] = (
     _sections_are_there,
     _unused_sections_are_absent,
@@ -197,6 +224,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     _rlvr_has_a_verifier,
     _warmup_ends,
     _evaluation_has_work,
+    _evaluation_has_a_reference,
 )
 
 

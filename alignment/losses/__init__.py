@@ -21,6 +21,7 @@ from alignment.losses.preference_kinds import (
     REFERENCE_FREE_KINDS,
     SMOOTHED_KINDS,
 )
+from alignment.losses.preference_scores import LOGISTIC_KINDS, preference_score
 from alignment.losses.reduce import ReductionMode, loss_count, reduce_loss
 from alignment.losses.reward import bradley_terry_loss, process_reward_loss
 from alignment.losses.sft import sft_loss
@@ -31,6 +32,7 @@ __all__ = [
     "COUPLED_KINDS",
     "DIVERGENCES",
     "DIVERGENCE_KINDS",
+    "LOGISTIC_KINDS",
     "PREFERENCE_KINDS",
     "REFERENCE_FREE_KINDS",
     "SMOOTHED_KINDS",
@@ -59,6 +61,7 @@ __all__ = [
     "merge_metrics",
     "ppo_clip_loss",
     "preference_loss",
+    "preference_score",
     "process_reward_loss",
     "reduce_loss",
     "sequence_weights",

@@ -211,11 +211,11 @@ def _orpo(pairs: Pairs) -> Tensor:
     """-beta log s(log odds(chosen) - log odds(rejected)) beside the NLL, odds(p) = p / (1 - p), p
     the exponential of the mean log-probability. ORPO, Hong et al. 2024, eqs. 4 and 7."""
     return -pairs.beta * logsigmoid(
-        _log_odds(pairs.chosen.mean_logps) - _log_odds(pairs.rejected.mean_logps)
+        log_odds(pairs.chosen.mean_logps) - log_odds(pairs.rejected.mean_logps)
     )
 
 
-def _log_odds(logp: Tensor) -> Tensor:
+def log_odds(logp: Tensor) -> Tensor:
     """log(p / (1 - p)) from log p < 0; p = 1 is taken as the largest number below 1."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))

@@ -141,6 +141,31 @@ class FrozenCopy:
             yield self._backbone
 
 
+class OtherModel:
+    """A model of its own, which nobody else uses, so that no copy of it is taken.
+
+    It is not shared out over processes: only finished models are compared with another one.
+
+    Args:
+        backbone: of the model, whose layout is settled.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.shards: Shards = Whole()
+        self._backbone = backbone
+
+    def shard(self, policys: Shards, make: MakeShards) -> None:
+        pass
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return self.shards.gathered()
+
+    @contextmanager
+    def backbone(self) -> Iterator[Backbone]:
+        with torch.no_grad():
+            yield self._backbone
+
+
 class Fixed:
     """A reference that stays where it is: nothing happens after a step, and nothing is saved.
 
@@ -149,7 +174,7 @@ class Fixed:
         point: gives the `Backbone` to score with.
     """
 
-    def __init__(self, mode: str, point: AdapterOff | FrozenCopy) -> None:
+    def __init__(self, mode: str, point: AdapterOff | FrozenCopy | OtherModel) -> None:
         self._mode = mode
         self._point = point
         self.shards = point.shards

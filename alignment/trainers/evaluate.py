@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.config.checks import COMPARING_TASKS
 from alignment.config.load import load_recipe
+from alignment.config.methods.base import needs_of
+from alignment.config.model import ModelConfig
 from alignment.config.schema import Recipe, TaskConfig
 from alignment.runs.directory import RunDirectory
 from alignment.runs.files import readable_errors
 from alignment.runs.metrics import read_metrics
-from alignment.trainers.evaluation import evaluate_model
+from alignment.trainers.evaluation import evaluate_model, made_by
 from alignment.trainers.finished import find_model
 from alignment.types import UserInputError
 
@@ -39,12 +42,17 @@ class Evaluated:
 class _Subject:
     """A model to evaluate.
 
-    recipe: where data, rewards and sampling come from.
-    step:   training steps that the run has made of it; 0 for a model as it was handed over.
+    model:     as the recipe describes it that names or made it.
+    recipe:    where data, rewards and sampling come from.
+    trained:   by what recipe it was, or will have been: its loss says how it ranks completions.
+    reference: what it is compared with, where nothing else is asked for: where its run started.
+    step:      training steps that the run has made of it; 0 for a model as it was handed over.
     """
 
-    model: str
+    model: ModelConfig
     recipe: Recipe
+    trained: Recipe
+    reference: ModelConfig | None
     step: int
     folder: Path | None
 
@@ -55,6 +63,7 @@ def evaluate(
     *,
     data_from: Recipe | None = None,
     base: bool = False,
+    reference: str | None = None,
     seed: int = 0,
     out: Path | None = None,
     overwrite: bool = False,
@@ -68,17 +77,23 @@ def evaluate(
         target: a finished run's folder, or a model with `data_from`.
         data_from: recipe for data, rewards and sampling; by default the run's own.
         base: evaluate the model that the run started from.
+        reference: run or model that the policy is compared with, by tasks that do; by default the
+            model that the run started from, if its method compares with one.
         seed: of the samples; equal seeds give every model the same random numbers.
         out: folder whose `evals/` takes the results; by default the run's. Those of a model that
             is no run's are not saved without it.
         overwrite: replace results of that name.
 
     Raises:
-        UserInputError: the target has no model or no data, or results of that name are there.
+        UserInputError: the target has no model or no data, it cannot be compared with the
+            reference, or results of that name are there.
     """
     subject = _subject(target, data_from, base=base)
     folder = subject.folder if out is None else out / "evals"
-    places = {} if folder is None else _places(folder, tasks, seed, subject.step)
+    names = {
+        task.name or task.type: evaluation_name(task, seed, reference=reference) for task in tasks
+    }
+    places = {} if folder is None else _places(folder, names, subject.step)
     taken = [path for path in places.values() if path.exists()]
     if taken and not overwrite:
         raise UserInputError(
@@ -86,28 +101,34 @@ def evaluate(
             "it; give --overwrite to make it again, --set name=NAME to call this one otherwise, or "
             "another --out"
         )
-    results = evaluate_model(subject.recipe, subject.model, tasks, seed=seed)
+    compares = any(task.type in COMPARING_TASKS for task in tasks)
+    results = evaluate_model(
+        subject.recipe,
+        subject.model,
+        tasks,
+        seed=seed,
+        reference=_reference(subject, reference) if reference or compares else None,
+        algorithm=subject.trained.algorithm,
+    )
     for name, path in places.items():
         with readable_errors("save the evaluation", path):
             results[name].save(path)
     return Evaluated(results, folder)
 
 
-def _places(folder: Path, tasks: Sequence[TaskConfig], seed: int, step: int) -> dict[str, Path]:
+def _places(folder: Path, names: Mapping[str, str], step: int) -> dict[str, Path]:
     """Where the summary of each task goes."""
-    return {
-        task.name or task.type: folder / f"{evaluation_name(task, seed)}-step-{step:06d}.json"
-        for task in tasks
-    }
+    return {task: folder / f"{name}-step-{step:06d}.json" for task, name in names.items()}
 
 
-def evaluation_name(task: TaskConfig, seed: int) -> str:
+def evaluation_name(task: TaskConfig, seed: int, *, reference: str | None = None) -> str:
     """Such as `verifiable,samples=2,seed=0`: what is called the same was asked for alike.
 
-    Options come in alphabetical order, those only that were given; `align compare` pairs what has
-    one name in both runs.
+    Options come in alphabetical order, those only that were given, with a reference that was given
+    among them; `align compare` pairs what has one name in both runs.
     """
-    options = ",".join(f"{key}={_text(task.options[key])}" for key in sorted(task.options))
+    given = dict(task.options) | ({} if reference is None else {"reference": reference})
+    options = ",".join(f"{key}={_text(given[key])}" for key in sorted(given))
     if options and not _READABLE.fullmatch(options):
         options = hashlib.sha256(options.encode()).hexdigest()[:8]
     return ",".join(filter(None, (task.name or task.type, options, f"seed={seed}")))
@@ -130,15 +151,37 @@ def _subject(target: str, data_from: Recipe | None, *, base: bool) -> _Subject:
             raise UserInputError(
                 f"{target} is not a run, so there is no data to evaluate on; add --recipe RECIPE"
             )
-        return _Subject(target, data_from, 0, None)
+        model = _named(data_from.model, target)
+        return _Subject(model, data_from, data_from, None, 0, None)
     run = RunDirectory.open(path)
     own = load_recipe(run.recipe)
     if not isinstance(own, Recipe):
         raise UserInputError(f"{target} is a pipeline; name one of its stages: {target}/stages/")
     recipe = data_from or own
+    start = own.model if own.model.reference.mode != "none" else None
     if base:
-        revision = {"revision": own.model.revision}
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=revision)})
-        return _Subject(own.model.path, recipe, 0, run.evals_dir)
+        return _Subject(own.model, recipe, own, start, 0, run.evals_dir)
     steps = max((record["step"] for record in read_metrics(run.metrics)), default=0)
-    return _Subject(find_model(target).path, recipe, steps, run.evals_dir)
+    model = made_by(own.model, find_model(target).path)
+    return _Subject(model, recipe, own, start, steps, run.evals_dir)
+
+
+def _named(section: ModelConfig, path: str) -> ModelConfig:
+    """The section for a model that may be another than its own, whose revision is no one else's."""
+    revision = section.revision if path == section.path else None
+    return section.model_copy(update={"path": path, "revision": revision})
+
+
+def _reference(subject: _Subject, asked: str | None) -> ModelConfig | None:
+    """What the subject is compared with: what was asked for, or where its run started."""
+    if asked is None:
+        return subject.reference
+    if needs_of(subject.recipe.algorithm).model != "policy":
+        raise UserInputError(
+            f"--reference {asked}: {subject.model.path} is a model with a scalar head, which is "
+            "compared with nothing; leave it out"
+        )
+    found = find_model(asked)
+    if found.recipe is not None:
+        return made_by(found.recipe.model, found.path)
+    return _named(subject.model, asked)

@@ -11,24 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignment.activity import doing
 from alignment.config.methods.base import DataForm
-from alignment.config.model import ReferenceConfig
+from alignment.config.model import ModelConfig, ReferenceConfig
 from alignment.config.options import resolve, validate_options
 from alignment.config.schema import Recipe, TaskConfig
 from alignment.distributed import Distributed
+from alignment.modeling.backbone import Backbone
 from alignment.modeling.heads import ScalarModel
-from alignment.modeling.load import load_causal_lm
+from alignment.modeling.load import load_causal_lm, load_tokenizer, tokenizer_hash
 from alignment.modeling.policy import PolicyWithReference
-from alignment.modeling.reference import Fixed, FrozenCopy
+from alignment.modeling.reference import Fixed, OtherModel
 from alignment.modeling.scorer import choose_layout
 from alignment.rollout.engine import RolloutEngine
 from alignment.runs.events import EventLog
 from alignment.trainers.context import TrainingContext
+from alignment.trainers.pair_scores import (
+    compares_with_reference,
+    pair_scores,
+    scores_are_logits,
+)
+from alignment.trainers.precomputed import precomputed_logprobs
+from alignment.trainers.preference import interleaved, reference_logprobs
 from alignment.trainers.sampling import sampling_params
 from alignment.trainers.setup import assemble, in_process, load_parts
 from alignment.types import (
+    AlignmentError,
     Completion,
     PairBatch,
     Prompt,
@@ -38,6 +48,12 @@ from alignment.types import (
     SteppedSample,
     UserInputError,
 )
+
+ReferenceLogprobs = Mapping[Sample, Tensor]
+"""Sample -> `[completion length]` log-probabilities under the reference."""
+
+PairScores = tuple[list[float], list[float]]
+"""Of the chosen sides and of the rejected ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +77,8 @@ class EvalContext:
     score: Callable[[Sequence[Sample]], TokenScores]
     reference_score: Callable[[Sequence[Sample]], TokenScores] | None
     pairs: PairBatch | None
-    pair_scores: Callable[[PairBatch], tuple[list[float], list[float]]] | None
+    pair_scores: Callable[[PairBatch], PairScores] | None
+    pair_scores_are_logits: bool
     steps: Sequence[SteppedSample]
     step_scores: Callable[[Sequence[SteppedSample]], list[list[float]]] | None
     why_not: Mapping[DataForm, str]
@@ -69,10 +86,14 @@ class EvalContext:
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """The tasks of a recipe, run on the current policy; results are saved in the run directory."""
+    """The tasks of a recipe, run on the current policy; results are saved in the run directory.
+
+    precomputed: what the reference says of the held-out pairs, where it was scored beforehand.
+    """
 
     context: TrainingContext
     directory: Path
+    precomputed: ReferenceLogprobs | None = None
 
     @doing("evaluation")
     def run(self, step: int) -> dict[str, float]:
@@ -99,10 +120,30 @@ class Evaluator:
         metrics: dict[str, float] = {}
         for config in self.context.recipe.eval.tasks:
             name = config.name or config.type
-            result = make_task(config).run(eval_context(self.context))
+            view = eval_context(self.context, precomputed=self.precomputed)
+            result = make_task(config).run(view)
             result.save(self.directory / f"{name}-step-{step:06d}.json")
             metrics |= {f"eval/{name}/{key}": value for key, value in result.metrics.items()}
         return metrics
+
+
+def make_evaluator(context: TrainingContext, directory: Path) -> Evaluator:
+    """The evaluator of a run whose policy is still as it was handed over.
+
+    A reference that is scored beforehand scores the held-out pairs here; every rank calls this.
+    """
+    recipe, pairs = context.recipe, context.held_out.pairs
+    precomputed = None
+    if (
+        recipe.model.reference.mode == "precomputed"
+        and compares_with_reference(recipe.algorithm)
+        and recipe.eval.tasks
+        and len(pairs)
+    ):
+        samples = interleaved(pairs.chosen, pairs.rejected)
+        scored = precomputed_logprobs(context, samples)
+        precomputed = dict(zip(samples, scored, strict=True))
+    return Evaluator(context, directory, precomputed)
 
 
 def make_task(config: TaskConfig) -> Any:
@@ -111,14 +152,27 @@ def make_task(config: TaskConfig) -> Any:
     return factory(**validate_options(factory, config.options))
 
 
-def eval_context(context: TrainingContext) -> EvalContext:
-    """What tasks see of a run."""
+def eval_context(
+    context: TrainingContext,
+    *,
+    precomputed: ReferenceLogprobs | None = None,
+    algorithm: Any = None,
+) -> EvalContext:
+    """What tasks see of a run.
+
+    Args:
+        precomputed: log-probabilities of the held-out pairs under a reference that is not there.
+        algorithm: section of the method that the policy learned by; the recipe's by default.
+    """
     recipe = context.recipe
     if recipe.rollout is None:
         sampling = SamplingParams(max_new_tokens=1)
     else:
         sampling = sampling_params(recipe.rollout, n=1, seed=recipe.run.seed, step=0)
-    scoring = _scoring_of_scalar(context) if _is_scalar(context) else _scoring_of_policy(context)
+    if isinstance(context.trained.model, ScalarModel):
+        scoring = _scoring_of_scalar(context)
+    else:
+        scoring = _scoring_of_policy(context, algorithm or recipe.algorithm, precomputed)
     held_out = context.held_out
     return EvalContext(
         engine=context.sampler or _NoEngine(),
@@ -155,21 +209,32 @@ def token_scores(
     return TokenScores(logprobs, greedy)
 
 
-def _is_scalar(context: TrainingContext) -> bool:
-    return isinstance(context.trained.model, ScalarModel)
-
-
-def _scoring_of_policy(context: TrainingContext) -> dict[str, Any]:
+def _scoring_of_policy(
+    context: TrainingContext, algorithm: Any, precomputed: ReferenceLogprobs | None
+) -> dict[str, Any]:
     policy, budget = context.policy, context.recipe.optim.micro_batch_tokens
-    # What a method that learns from pairs multiplies log-ratios by, to call them rewards.
-    beta = getattr(getattr(context.recipe.algorithm, "loss", None), "beta", 1.0)
-
-    def log_ratios(samples: Sequence[Sample]) -> list[float]:
-        own = policy.logprobs(samples, budget)
-        reference = policy.logprobs(samples, budget, of_reference=True)
-        return [beta * float((a - b).sum()) for a, b in zip(own, reference, strict=True)]
-
+    compares = compares_with_reference(algorithm)
     has_reference = policy.reference is not None
+
+    def reference_of(samples: Sequence[Sample]) -> list[Tensor] | None:
+        if not compares:
+            return None
+        if precomputed is None:
+            return reference_logprobs(policy, samples, budget)
+        unknown = sum(sample not in precomputed for sample in samples)
+        if unknown:
+            raise AlignmentError(
+                f"{unknown} of {len(samples)} completions are none of the held-out pairs, which "
+                "are all that the reference was scored on beforehand"
+            )
+        return [precomputed[sample] for sample in samples]
+
+    def score_pairs(pairs: PairBatch) -> PairScores:
+        samples = interleaved(pairs.chosen, pairs.rejected)
+        logprobs = policy.logprobs(samples, budget, together=2)
+        return pair_scores(algorithm, samples, logprobs, reference_of(samples))
+
+    ranks = has_reference or precomputed is not None or not compares
     return {
         "score": lambda samples: token_scores(policy, samples, budget),
         "reference_score": (
@@ -177,7 +242,8 @@ def _scoring_of_policy(context: TrainingContext) -> dict[str, Any]:
             if has_reference
             else None
         ),
-        "pair_scores": _both_sides(log_ratios) if has_reference else None,
+        "pair_scores": score_pairs if ranks else None,
+        "pair_scores_are_logits": scores_are_logits(algorithm),
         "step_scores": None,
     }
 
@@ -193,26 +259,17 @@ def _scoring_of_scalar(context: TrainingContext) -> dict[str, Any]:
             for row, sample in zip(rows, samples, strict=True)
         ]
 
+    def score_pairs(pairs: PairBatch) -> PairScores:
+        scores = model.scores(interleaved(pairs.chosen, pairs.rejected), budget)
+        return scores[::2], scores[1::2]
+
     return {
         "score": _no_policy,
         "reference_score": None,
-        "pair_scores": _both_sides(lambda samples: model.scores(samples, budget)),
+        "pair_scores": score_pairs,
+        "pair_scores_are_logits": True,
         "step_scores": step_scores,
     }
-
-
-def _both_sides(
-    score: Callable[[Sequence[Sample]], list[float]],
-) -> Callable[[PairBatch], tuple[list[float], list[float]]]:
-    """Scores of both sides of each pair, which are scored next to each other: they share a
-    prompt."""
-
-    def score_pairs(pairs: PairBatch) -> tuple[list[float], list[float]]:
-        sides = zip(pairs.chosen, pairs.rejected, strict=True)
-        scores = score([sample for pair in sides for sample in pair])
-        return scores[::2], scores[1::2]
-
-    return score_pairs
 
 
 class _NoEngine:
@@ -244,48 +301,80 @@ def _no_rewards(_: Sequence[tuple[Prompt, Completion]]) -> list[RewardedCompleti
 
 def evaluate_model(
     recipe: Recipe,
-    model_path: str,
+    model: ModelConfig,
     tasks: Sequence[TaskConfig],
     *,
     seed: int,
-    reference: str | None = None,
+    reference: ModelConfig | None = None,
+    algorithm: Any = None,
 ) -> dict[str, Any]:
     """Run tasks on any model, with a recipe's held-out data, rewards and sampling.
 
     Args:
         recipe: where data, rewards and sampling come from; its own model is replaced.
-        model_path: catalogue name, directory or hub id.
+        model: section of the recipe that names the model: its path, revision and chat template, and
+            whether its code may be run. Number format and attention are those of `recipe`.
         seed: of the samples; the same seed gives every model the same random numbers.
-        reference: model that the divergence of the policy is measured from; None for none.
+        reference: section that names the model which the policy is compared with; None for none.
+        algorithm: section of the method that the model was trained by, whose loss says what its
+            score of a completion is; the recipe's by default.
 
     Returns:
         task name -> result.
+
+    Raises:
+        UserInputError: a model or the data cannot be used, or the reference has another tokenizer.
     """
+    of_model = {key: getattr(model, key) for key in _OF_A_MODEL}
     settings = recipe.model.model_copy(
-        update={"path": model_path, "lora": None, "reference": ReferenceConfig(mode="none")}
+        update={**of_model, "lora": None, "reference": ReferenceConfig(mode="none")}
     )
     # Another model than a server has, or one that is in training there.
     recipe = recipe.model_copy(update={"model": settings, "rollout": in_process(recipe.rollout)})
     if getattr(recipe.algorithm, "critic", None) is not None:
         without_critic = recipe.algorithm.model_copy(update={"critic": None})
         recipe = recipe.model_copy(update={"algorithm": without_critic})
-    events = EventLog(os.devnull)
     loaded = load_parts(recipe)
     with tempfile.TemporaryDirectory() as cache:
-        context = assemble(loaded, Distributed(), events, cache=Path(cache), for_training=False)
-        if reference is not None:
-            other = load_causal_lm(
-                reference, dtype=settings.dtype, attention=settings.attention
-            ).to(context.policy.device)
-            compared = Fixed("frozen_copy", FrozenCopy(other))
-            with compared.backbone() as backbone:
-                choose_layout(backbone)
-            context.policy.reference = compared
-        if context.sampler is not None:
-            context.sampler.weights_updated(0)
-        view = replace(eval_context(context), seed=seed)
+        context = assemble(
+            loaded, Distributed(), EventLog(os.devnull), cache=Path(cache), for_training=False
+        )
         try:
+            if reference is not None:
+                context.policy.reference = _load_reference(reference, context)
+            if context.sampler is not None:
+                context.sampler.weights_updated(0)
+            view = replace(eval_context(context, algorithm=algorithm), seed=seed)
             return {task.name or task.type: make_task(task).run(view) for task in tasks}
         finally:
             if context.rewards is not None:
                 context.rewards.close()
+
+
+# Settings of the model section that belong to the model it names.
+_OF_A_MODEL = ("path", "revision", "chat_template", "trust_remote_code")
+
+
+def made_by(section: ModelConfig, path: str) -> ModelConfig:
+    """The section for a model that a run with `section` has made: tokenizer and chat template were
+    saved with it, in the folder `path`."""
+    return section.model_copy(update={"path": path, "revision": None, "chat_template": None})
+
+
+def _load_reference(section: ModelConfig, context: TrainingContext) -> Fixed:
+    source: dict[str, Any] = {
+        "trust_remote_code": section.trust_remote_code,
+        "revision": section.revision,
+    }
+    tokenizer = load_tokenizer(section.path, **source)
+    if tokenizer_hash(tokenizer) != tokenizer_hash(context.tokenizer):
+        raise UserInputError(
+            f"the reference {section.path} has another tokenizer than the model "
+            f"{context.recipe.model.path}, so their log-probabilities are not of the same tokens; "
+            "name a reference with the same tokenizer, such as the model that it was trained from"
+        )
+    config = context.recipe.model
+    model = load_causal_lm(section.path, dtype=config.dtype, attention=config.attention, **source)
+    backbone = Backbone(model.to(context.policy.device).requires_grad_(False))
+    choose_layout(backbone)
+    return Fixed("frozen_copy", OtherModel(backbone))

@@ -17,6 +17,7 @@ import torch
 
 from alignment.activity import ACTIVITY, doing
 from alignment.config.methods.base import needs_of
+from alignment.modeling.finite import NonFiniteError
 from alignment.rollout.sampling import row_key
 from alignment.runs.checkpoint_writer import BestBy, CheckpointWriter
 from alignment.runs.directory import RunDirectory
@@ -82,6 +83,7 @@ class Loop:
 
         Raises:
             Stopped: a signal asked to stop; everything up to the last finished step is saved.
+            Exception: what an evaluation after a step failed by, once the step is saved.
         """
         trainer, recipe = self.trainer, self.context.recipe
         total = trainer.total_steps
@@ -99,16 +101,24 @@ class Loop:
                 result, metrics = self.step(step)
                 self._record(step, result)
                 self._keep_rows(step, result)
+                failure = None
                 if self._is_due(step, recipe.eval.every, total):
-                    with memory_events(self.context, step):
-                        metrics |= self.evaluator.run(step)
+                    measured, failure = self._evaluate(step)
+                    metrics |= measured
                 self._write(writer, step, metrics)
                 progress.update(step, metrics)
                 checkpoints.collect()
-                stopping = self._any_rank(stop)
-                if stopping or self._is_due(step, recipe.checkpoint.every, total):
+                stopping, failed, broken = self._any_rank(
+                    stop, failure, isinstance(failure, NonFiniteError)
+                )
+                due = self._is_due(step, recipe.checkpoint.every, total)
+                # An evaluation that fails takes nothing of what was trained, unless it found that
+                # the model gives no numbers.
+                if not broken and (stopping or failed or due):
                     writer.sync()
                     self._save(step, checkpoints)
+                if failed:
+                    raise failure or AlignmentError("the evaluation failed on another rank")
                 if stopping and step < total:
                     checkpoints.wait()
                     raise Stopped(f"step {step} of {total}", self.directory)
@@ -121,6 +131,14 @@ class Loop:
         with memory_events(self.context, step):
             result = self.trainer.step(step)
         return result, self._measure(result, began)
+
+    def _evaluate(self, step: int) -> tuple[dict[str, float], Exception | None]:
+        """The metrics of the evaluation after a step; or why there are none."""
+        try:
+            with memory_events(self.context, step):
+                return self.evaluator.run(step), None
+        except Exception as error:
+            return {}, error
 
     def _seed(self, step: int) -> None:
         """Make what is drawn from generators (dropout, a reward of the user's own) depend on seed,
@@ -209,9 +227,9 @@ class Loop:
     def _is_due(self, step: int, every: int, total: int) -> bool:
         return step == total or (every > 0 and step % every == 0)
 
-    def _any_rank(self, stop: Sequence[int]) -> bool:
-        (asked,) = self.context.distributed.max([float(bool(stop))])
-        return asked > 0
+    def _any_rank(self, *holds: object) -> list[bool]:
+        """Whether each of these is true on any rank; what is empty or None is not."""
+        return [most > 0 for most in self.context.distributed.max([float(bool(x)) for x in holds])]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.console import Console
 from alignment import registry
 from alignment.activity import doing
 from alignment.config.load import dump_recipe, load_stage
+from alignment.config.model import ModelConfig
 from alignment.config.pipeline import (
     BASE,
     CompareConfig,
@@ -31,7 +32,7 @@ from alignment.runs.metrics import MetricsWriter
 from alignment.runs.outputs import FINISHED, output_paths, read_finished, write_finished
 from alignment.runs.watch import Watch
 from alignment.trainers.compared import Role, rests_on, roles
-from alignment.trainers.evaluation import evaluate_model
+from alignment.trainers.evaluation import evaluate_model, made_by
 from alignment.trainers.going_on import names_checkpoint
 from alignment.trainers.local_paths import check_pipeline_paths
 from alignment.trainers.locked import locked
@@ -177,7 +178,8 @@ def _compare_if_needed(
     if config is not None:
         models = _models(pipeline, recipes, outputs)
         reference = resolve_references(config.reference, outputs)
-        basis = rests_on(config, recipes, models, reference)
+        paths = {name: model.path for name, model in models.items()}
+        basis = rests_on(config, recipes, paths, reference)
     finished = read_finished(directory.path)
     if finished is not None and finished.compared == basis:
         return
@@ -192,7 +194,7 @@ def _compare_if_needed(
     _clear(directory)
     if config is not None:
         made = {name: made["model"] for name, made in outputs.items() if "model" in made}
-        parts = roles(models, reference, recipes, made)
+        parts = roles(paths, reference, recipes, made)
         _compare(directory, config, task_recipe(recipes), models, reference, parts)
     write_finished(directory.path, compared=basis)
 
@@ -211,11 +213,11 @@ def _clear(directory: RunDirectory) -> None:
 
 def _models(
     pipeline: PipelineRecipe, recipes: Mapping[str, Recipe], outputs: Outputs
-) -> dict[str, str]:
-    """What to compare: name -> path of a model."""
-    base = next(iter(recipes.values())).model.path
+) -> dict[str, ModelConfig]:
+    """What to compare: name -> model, as the recipe describes it that names or made it."""
+    base = next(iter(recipes.values())).model
     return {
-        name: base if name == BASE else outputs[name]["model"]
+        name: base if name == BASE else made_by(recipes[name].model, outputs[name]["model"])
         for name in compared_models(pipeline, recipes)
     }
 
@@ -224,17 +226,18 @@ def _compare(
     directory: RunDirectory,
     config: CompareConfig,
     recipe: Recipe,
-    models: Mapping[str, str],
+    models: Mapping[str, ModelConfig],
     reference: str | None,
     parts: Mapping[str, Role],
 ) -> None:
     """Evaluate each model with the same seeds, and write the tables."""
+    compared_with = None if reference is None else made_by(recipe.model, reference)
     results: dict[str, Mapping[str, Any]] = {}
-    for name, path in models.items():
+    for name, model in models.items():
         Console().print(f"evaluating {name}", highlight=False)
         with doing("comparison", f"model {name}"):
             results[name] = evaluate_model(
-                recipe, path, config.tasks, seed=config.seed, reference=reference
+                recipe, model, config.tasks, seed=config.seed, reference=compared_with
             )
         gc.collect()
     metrics: dict[str, float] = {}

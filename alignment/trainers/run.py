@@ -43,7 +43,7 @@ from alignment.runs.outputs import FINISHED, Encoding, write_finished
 from alignment.runs.rewind import rewind
 from alignment.runs.watch import Watch
 from alignment.trainers.context import Trainer, TrainingContext
-from alignment.trainers.evaluation import Evaluator
+from alignment.trainers.evaluation import make_evaluator
 from alignment.trainers.failure import recorded_failure
 from alignment.trainers.going_on import check_named_checkpoint
 from alignment.trainers.locked import locked
@@ -178,9 +178,10 @@ def _train(start: _Start, held: ExitStack) -> RunDirectory:
             trainer = make_trainer(context)
             if inputs.recorded is not None:
                 inputs.recorded.require_steps(trainer.total_steps)
+            evaluator = make_evaluator(context, directory.evals_dir)
             step = _resume(directory, trainer, context, start.resume) if start.exists else 0
             context.events.write("start", f"training from step {step}", step=step)
-            loop = Loop(trainer, context, directory, Evaluator(context, directory.evals_dir), step)
+            loop = Loop(trainer, context, directory, evaluator, step)
             with stop_requests(start.signals):
                 loop.run(start.signals)
                 _finish(directory, context, trainer, _encoding(loaded))

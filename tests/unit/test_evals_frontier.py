@@ -67,6 +67,7 @@ class Policy:
     pairs: PairBatch | None = None
     steps: Sequence[SteppedSample] = ()
     pair_scores: Callable[[PairBatch], tuple[list[float], list[float]]] | None = None
+    pair_scores_are_logits: bool = True
     step_scores: None = None
     why_not: Mapping[DataForm, str] = field(default_factory=dict)
 

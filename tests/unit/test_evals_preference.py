@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,8 +40,10 @@ from evals.calibration import (
 from evals.compare import compare
 from evals.preference_task import preference, result_bins
 from evals.process_task import area_under_curve, process
+from evals.reliability import reliability_charts
 from evals.results import EvalResult
 from evals.reward_kl_task import reward_kl
+from evals.rundata import EvalSummary
 from evals.statistics import average_ranks, clustered_proportion
 
 # ---------------------------------------------------------------------------------- calibration
@@ -216,6 +219,7 @@ class Context:
     reference_score: Callable[[Sequence[Sample]], Scores] | None = None
     pairs: PairBatch | None = None
     pair_scores: Callable[[PairBatch], tuple[list[float], list[float]]] | None = None
+    pair_scores_are_logits: bool = True
     steps: Sequence[SteppedSample] = ()
     step_scores: Callable[[Sequence[SteppedSample]], list[list[float]]] | None = None
     why_not: Mapping[DataForm, str] = field(default_factory=dict)
@@ -285,6 +289,30 @@ def test_preference_by_hand() -> None:
         "length/chosen": 6.0,
         "length/rejected": 2.0,
     }
+
+
+def test_scores_that_are_no_logits_are_not_judged_as_probabilities(tmp_path: Path) -> None:
+    logits = preference().run(Context(pairs=PAIRS, pair_scores=scored))
+    plain = preference().run(Context(pairs=PAIRS, pair_scores=scored, pair_scores_are_logits=False))
+    assert logits.metrics.keys() - plain.metrics.keys() == {"ece", "brier"}
+    assert logits.intervals.keys() - plain.intervals.keys() == {"brier"}
+    assert {name: logits.metrics[name] for name in plain.metrics} == plain.metrics
+    charts = {}
+    for name, result in (("logits", logits), ("plain", plain)):
+        path = tmp_path / f"{name}-step-000001.json"
+        result.save(path)
+        metrics = dict(result.metrics)
+        summary = EvalSummary(path, name, "preference", 1, metrics, {})
+        charts[name] = list(reliability_charts([summary], []))
+    assert len(charts["logits"]) == 1 and charts["plain"] == []
+    with pytest.raises(AlignmentError, match="chosen side of pair 1 was scored nan"):
+        preference().run(
+            Context(
+                pairs=PAIRS,
+                pair_scores=lambda pairs: ([1.0, math.nan, 0.0, 0.0], [0.0] * 4),
+                pair_scores_are_logits=False,
+            )
+        )
 
 
 def test_pairs_of_one_prompt_are_one_cluster() -> None:

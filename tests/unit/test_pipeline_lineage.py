@@ -14,6 +14,7 @@ from forked import in_child
 
 from alignment.config import PipelineRecipe, Recipe, dump_recipe, load_recipe
 from alignment.config.load import parse_recipe
+from alignment.config.model import ModelConfig
 from alignment.runs import lineage
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import read_events
@@ -299,6 +300,7 @@ class Stages:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: list[str] = []
         self.compared: list[tuple[str, str | None]] = []
+        self.models: list[ModelConfig] = []
         self.weights: dict[str, str] = {}
         self.hangs = False
         monkeypatch.setattr(pipeline_module, "train", self.train)
@@ -318,11 +320,12 @@ class Stages:
         return finish(run, self.weights.get(recipe.run.name, recipe.run.name))
 
     def evaluate(
-        self, recipe: Recipe, path: str, tasks: Any, *, seed: int, reference: str | None
+        self, recipe: Recipe, model: ModelConfig, tasks: Any, *, seed: int, reference: Any
     ) -> dict[str, Any]:
         if self.hangs:
             time.sleep(60)
-        self.compared.append((path, reference))
+        self.models.append(model)
+        self.compared.append((model.path, reference and reference.path))
         return {"held_out_loss": SimpleNamespace(metrics={"loss": 1.0})}
 
 
@@ -450,6 +453,19 @@ def test_the_comparison_is_of_base_and_every_stage(tmp_path: Path, stages: Stage
     run = run_pipeline(pipeline(tmp_path))
     of_stage = {n: str(run.path / "stages" / n / "model") for n in ("first", "aside", "last")}
     assert stages.compared == [("tiny-random", None), *((p, None) for p in of_stage.values())]
+
+
+def test_each_compared_model_is_loaded_as_its_own_recipe_says(
+    tmp_path: Path, stages: Stages
+) -> None:
+    """A revision is that of the path beside it, and of no model that a stage made."""
+    last = "{{name: aside, recipe: tiny/sft}}".format()
+    revisions = "{{name: aside, recipe: tiny/sft, set: {{model.revision: b}}}}".format()
+    first = pipeline(tmp_path, last, revisions).model_dump()
+    first["stages"][0]["set"] = {"model.revision": "a", "model.trust_remote_code": True}
+    run_pipeline(PipelineRecipe.model_validate(first))
+    found = [(model.revision, model.trust_remote_code) for model in stages.models]
+    assert found == [("a", True), (None, True), (None, False), (None, False)]
 
 
 def test_the_comparison_can_be_of_some_and_from_a_reference(tmp_path: Path, stages: Stages) -> None:

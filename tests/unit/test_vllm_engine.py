@@ -396,7 +396,7 @@ def test_evaluations_of_other_models_leave_the_server_alone(
     served = ("rollout.engine=vllm", f"rollout.server.url={tiny_server.url}")
     recipe = recipe_of("grpo", tmp_path, *served)
     task = TaskConfig.model_validate({"type": "verifiable", "samples": 1})
-    assert evaluate_model(recipe, "tiny-random", [task], seed=0)["verifiable"].metrics
+    assert evaluate_model(recipe, recipe.model, [task], seed=0)["verifiable"].metrics
     assert tiny_server.requests == []
 
 
