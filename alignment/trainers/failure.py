@@ -1,7 +1,7 @@
 """What a run leaves behind where it fails: an event that says what and where, and how to go on.
 
 Nothing of the step in which it failed is saved: its state is consistent only between steps. The
-last checkpoint stands as it is. (An evaluation comes after its step, which is saved where it fails.)
+last checkpoint stands as it is. An evaluation comes after its step, which is saved where it fails.
 """
 
 from __future__ import annotations
