@@ -158,6 +158,11 @@ def _subject(target: str, data_from: Recipe | None, *, base: bool) -> _Subject:
     if not isinstance(own, Recipe):
         raise UserInputError(f"{target} is a pipeline; name one of its stages: {target}/stages/")
     recipe = data_from or own
+    if needs_of(recipe.algorithm).model != needs_of(own.algorithm).model:
+        raise UserInputError(
+            f"--recipe: one of {target} and the recipe {recipe.run.name!r} trains a policy and the "
+            "other a model with a scalar head; give a recipe of the same kind"
+        )
     start = own.model if own.model.reference.mode != "none" else None
     if base:
         return _Subject(own.model, recipe, own, start, 0, run.evals_dir)

@@ -206,6 +206,12 @@ def test_a_model_that_is_no_run_needs_a_reference_named(trained: RunDirectory) -
     assert shown.exit_code == 0, shown.output
 
 
+def test_a_policy_is_not_evaluated_as_a_reward_model(trained: RunDirectory) -> None:
+    recipe = ("--recipe", "tiny/reward_model")
+    refused = align("eval", trained.path, "--task", "preference", *recipe)
+    assert refused.exit_code == 2 and "give a recipe of the same kind" in refused.output
+
+
 def test_rewards_against_kl_are_measured_from_where_the_run_started(
     trained: RunDirectory, tmp_path: Path
 ) -> None:
