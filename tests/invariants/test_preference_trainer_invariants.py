@@ -220,7 +220,7 @@ def test_i45_resumed_is_uninterrupted(
     method, settings = RESUMED[case]
     settings = (*settings, "algorithm.steps=5", "checkpoint={every: 1, keep: 3}", "optim.lr=1e-2")
     whole = run(method, tmp_path / "whole", *settings)
-    evaluated = case in ("dpo, bco's moving average", "dpo, LoRA in bfloat16")
+    evaluated = case in ("dpo, coupled, precomputed", "dpo, LoRA in bfloat16")
     if evaluated:  # which changes nothing
         settings += ("eval={every: 2, tasks: [{type: preference}]}",)
     with monkeypatch.context() as patch:
