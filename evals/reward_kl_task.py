@@ -173,7 +173,8 @@ def _require_reference(there_is_one: bool) -> None:
     if not there_is_one:
         raise UserInputError(
             f"task '{TASK}' measures the distance from a reference and there is none; set "
-            "compare.reference in a pipeline, or in a run a model.reference other than none"
+            "compare.reference in a pipeline, a model.reference other than none in a run, or name "
+            "one by align eval --reference MODEL"
         )
 
 

@@ -198,13 +198,13 @@ def _evaluation_has_a_reference(recipe: Recipe) -> Problems:
     ranks_alone = getattr(recipe.algorithm, "uses_reference", True) is False
     for index, task in enumerate(recipe.eval.tasks):
         found = ""
-        if task.type == "preference" and not ranks_alone:
-            found = {
-                "none": "scores completions by comparing with a reference, and this is none",
-                "synced": "scores completions by comparing with the reference, and one that "
-                "follows the policy tells nothing after each of its updates",
-            }.get(mode, "")
-        if task.type == "reward_kl" and mode in ("none", "precomputed"):
+        if task.type == "preference" and ranks_alone:
+            continue
+        if task.type in COMPARING_TASKS and mode == "synced":
+            found = "compares with the reference, and one that follows the policy is no measure"
+        elif task.type == "preference" and mode == "none":
+            found = "scores completions by comparing with a reference, and this is none"
+        elif task.type == "reward_kl" and mode in ("none", "precomputed"):
             found = f"measures the KL of new completions from a reference; {mode} scores none"
         if found:
             yield problem(

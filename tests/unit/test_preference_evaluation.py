@@ -127,6 +127,10 @@ REFUSED = {
         "dpo",
         ("eval={tasks: [{type: reward_kl}]}", "model.reference=precomputed"),
     ),
+    "reward_kl, synced": (
+        "dpo",
+        ("eval={tasks: [{type: reward_kl}]}", "model.reference={mode: synced, every: 2}"),
+    ),
 }
 
 
@@ -140,7 +144,11 @@ def test_a_task_without_its_reference_is_refused_with_the_recipe(tmp_path: Path,
 
 def test_a_loss_without_a_reference_may_be_evaluated_beside_a_synced_one(tmp_path: Path) -> None:
     recipe_of(
-        "dpo", tmp_path, AT_THE_END, "model.reference={mode: synced}", "algorithm.loss.kind=cpo"
+        "dpo",
+        tmp_path,
+        AT_THE_END,
+        "model.reference={mode: synced, every: 2}",
+        "algorithm.loss.kind=cpo",
     )
 
 
