@@ -163,7 +163,8 @@ def _subject(target: str, data_from: Recipe | None, *, base: bool) -> _Subject:
             f"--recipe: one of {target} and the recipe {recipe.run.name!r} trains a policy and the "
             "other a model with a scalar head; give a recipe of the same kind"
         )
-    start = own.model if own.model.reference.mode != "none" else None
+    compares = needs_of(own.algorithm).model == "policy" and own.model.reference.mode != "none"
+    start = own.model if compares else None
     if base:
         return _Subject(own.model, recipe, own, start, 0, run.evals_dir)
     steps = max((record["step"] for record in read_metrics(run.metrics)), default=0)

@@ -95,16 +95,25 @@ class Evaluator:
     directory: Path
     precomputed: ReferenceLogprobs | None = None
 
-    @doing("evaluation")
     def run(self, step: int) -> dict[str, float]:
-        """Evaluate, save `<task>-step-NNNNNN`, and return `eval/<task>/<metric>`.
+        """Evaluate, save `<task>-step-NNNNNN`, and return `eval/<task>/<metric>`."""
+        metrics, failure = self.attempt(step)
+        if failure is not None:
+            raise failure
+        return metrics
 
-        Evaluation draws no random number that training uses: sampling is counter-based; and
-        rewards keep nothing of it. Rank 0 evaluates alone; sharded weights are whole for that long.
+    @doing("evaluation")
+    def attempt(self, step: int) -> tuple[dict[str, float], Exception | None]:
+        """`run`, with what it failed by on rank 0 as a value, on which all ranks may then agree.
+
+        What fails while ranks work together (weights that are gathered, or sent to a server) is
+        raised: the others would wait for this one. Evaluation draws no random number that training
+        uses: sampling is counter-based; and rewards keep nothing of it. Rank 0 evaluates alone;
+        sharded weights are whole for that long.
         """
         tasks = self.context.recipe.eval.tasks
         if not tasks:
-            return {}
+            return {}, None
         model = self.context.trained.model
         scalar = isinstance(model, ScalarModel)
         rewards = self.context.rewards
@@ -114,7 +123,12 @@ class Evaluator:
             model.gathered() if scalar else self.context.policy.gathered(reference=True),
             nullcontext() if rewards is None else rewards.unchanged(),
         ):
-            return self._run(step) if self.context.distributed.is_main else {}
+            if not self.context.distributed.is_main:
+                return {}, None
+            try:
+                return self._run(step), None
+            except Exception as error:
+                return {}, error
 
     def _run(self, step: int) -> dict[str, float]:
         metrics: dict[str, float] = {}

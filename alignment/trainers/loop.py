@@ -17,7 +17,7 @@ import torch
 
 from alignment.activity import ACTIVITY, doing
 from alignment.config.methods.base import needs_of
-from alignment.modeling.finite import NonFiniteError
+from alignment.modeling.finite import NonFiniteError, first_nonfinite
 from alignment.rollout.sampling import row_key
 from alignment.runs.checkpoint_writer import BestBy, CheckpointWriter
 from alignment.runs.directory import RunDirectory
@@ -103,22 +103,23 @@ class Loop:
                 self._keep_rows(step, result)
                 failure = None
                 if self._is_due(step, recipe.eval.every, total):
-                    measured, failure = self._evaluate(step)
+                    with memory_events(self.context, step):
+                        measured, failure = self.evaluator.attempt(step)
                     metrics |= measured
                 self._write(writer, step, metrics)
                 progress.update(step, metrics)
                 checkpoints.collect()
-                stopping, failed, broken = self._any_rank(
-                    stop, failure, isinstance(failure, NonFiniteError)
-                )
+                stopping, failed = self._any_rank(stop, failure)
                 due = self._is_due(step, recipe.checkpoint.every, total)
-                # An evaluation that fails takes nothing of what was trained, unless it found that
-                # the model gives no numbers.
+                # An evaluation that fails takes nothing of what was trained, unless that is no
+                # model any more.
+                broken = failed and self._is_broken(failure)
                 if not broken and (stopping or failed or due):
                     writer.sync()
                     self._save(step, checkpoints)
                 if failed:
-                    raise failure or AlignmentError("the evaluation failed on another rank")
+                    with doing("evaluation"):
+                        raise failure or AlignmentError("the evaluation failed on another rank")
                 if stopping and step < total:
                     checkpoints.wait()
                     raise Stopped(f"step {step} of {total}", self.directory)
@@ -132,13 +133,10 @@ class Loop:
             result = self.trainer.step(step)
         return result, self._measure(result, began)
 
-    def _evaluate(self, step: int) -> tuple[dict[str, float], Exception | None]:
-        """The metrics of the evaluation after a step; or why there are none."""
-        try:
-            with memory_events(self.context, step):
-                return self.evaluator.run(step), None
-        except Exception as error:
-            return {}, error
+    def _is_broken(self, failure: Exception | None) -> bool:
+        """Whether the model gives no numbers, or has weights that are none, on any rank."""
+        found = isinstance(failure, NonFiniteError) or first_nonfinite(self.context.trained.model)
+        return self._any_rank(found)[0]
 
     def _seed(self, step: int) -> None:
         """Make what is drawn from generators (dropout, a reward of the user's own) depend on seed,

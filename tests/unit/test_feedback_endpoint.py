@@ -261,10 +261,18 @@ model.reply(asked, max_new_tokens=1, temperature=0.0, seed=0)
 """
 
 
+def hear_interrupts() -> None:
+    """Whoever started the tests may have them ignored, as a shell does in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupted_process_ends_without_its_replies() -> None:
     with serving(slow(30.0, echo)) as server:
         asker = subprocess.Popen(
-            [sys.executable, "-c", ASKER, server.url], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", ASKER, server.url],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=hear_interrupts,
         )
         while server.in_flight < 2:
             time.sleep(0.02)
@@ -280,6 +288,7 @@ def test_an_interrupted_process_ends_without_its_replies() -> None:
 
 def test_an_interrupted_call_sends_nothing_more() -> None:
     main = threading.get_ident()
+    hear_interrupts()
     with serving(slow(1.0, error(500, "x"))) as server:
 
         def interrupt() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,16 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from alignment.cli import app
+from alignment.config.load import load_recipe
+from alignment.config.schema import Recipe
 from alignment.modeling.finite import NonFiniteError
+from alignment.modeling.policy import PolicyWithReference
 from alignment.runs.checkpoint import list_checkpoints
 from alignment.runs.directory import RunDirectory
 from alignment.trainers.dpo import DPOTrainer
 from alignment.trainers.evaluation import Evaluator, eval_context, evaluate_model, make_evaluator
-from alignment.types import Sample, UserInputError
+from alignment.trainers.run import train
+from alignment.types import AlignmentError, Sample, UserInputError
 
 AT_THE_END = "eval={at_start: false, tasks: [{type: preference}]}"
 LEARNS = ("algorithm.steps=4", "optim.lr=1e-2")
@@ -171,14 +178,38 @@ def test_a_failing_evaluation_loses_nothing_of_the_model(tmp_path: Path) -> None
     assert (again.model_dir / "model.safetensors").is_file()
 
 
+def nan_logprobs(_: Evaluator, __: int) -> dict[str, float]:
+    raise NonFiniteError("a log-probability is nan")
+
+
+def nan_weights(evaluator: Evaluator, _: int) -> dict[str, float]:
+    """As where a task finds that its metrics are none."""
+    next(evaluator.context.policy.model.parameters()).data.fill_(math.nan)
+    raise AlignmentError("a margin is nan")
+
+
+@pytest.mark.parametrize("broken", [nan_logprobs, nan_weights])
 def test_a_model_that_gives_no_numbers_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any
+) -> None:
+    monkeypatch.setattr(Evaluator, "_run", broken)
+    with pytest.raises(AlignmentError, match="is nan"):
+        run("dpo", tmp_path, AT_THE_END, "checkpoint={every: 0}")
+    assert not list_checkpoints(RunDirectory.open(tmp_path / "dpo").checkpoints_dir)
+
+
+def test_what_fails_while_ranks_work_together_is_not_held_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Evaluator, step: int) -> dict[str, float]:
-        raise NonFiniteError("a log-probability is nan")
+    """The others wait for this rank in there, and not where ranks agree on what failed."""
 
-    monkeypatch.setattr(Evaluator, "run", broken)
-    with pytest.raises(NonFiniteError):
+    @contextmanager
+    def gathered(*_: object, **__: object) -> Iterator[None]:
+        raise AlignmentError("no room for the whole weights")
+        yield
+
+    monkeypatch.setattr(PolicyWithReference, "gathered", gathered)
+    with pytest.raises(AlignmentError, match="no room"):
         run("dpo", tmp_path, AT_THE_END, "checkpoint={every: 0}")
     assert not list_checkpoints(RunDirectory.open(tmp_path / "dpo").checkpoints_dir)
 
@@ -212,6 +243,17 @@ def test_a_model_that_is_no_run_needs_a_reference_named(trained: RunDirectory) -
     assert refused.exit_code == 2 and "--reference MODEL" in refused.output
     shown = align(*command, "--reference", "tiny-random")
     assert shown.exit_code == 0, shown.output
+
+
+def test_a_reward_model_is_compared_with_nothing(tmp_path: Path) -> None:
+    """Also where its recipe names a reference, which no reward model needs."""
+    settings = ("model.reference=frozen_copy", "algorithm.steps=1", "expect=[]")
+    folder = ("run.name=rm", f"run.dir={tmp_path}")
+    recipe = load_recipe("tiny/reward_model", [*settings, *folder])
+    assert isinstance(recipe, Recipe)
+    train(recipe)
+    result = align("eval", tmp_path / "rm", "--task", "preference", "--overwrite")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_policy_is_not_evaluated_as_a_reward_model(trained: RunDirectory) -> None:
