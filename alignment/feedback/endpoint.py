@@ -153,7 +153,8 @@ class EndpointChatModel:
             return Reply(None, Failure.REFUSED, f"the request cannot be written as JSON: {error}")
         key = _cache_key(self._base_url, body)
         async with call.slots:
-            text = self._cache.get(key) if self._cache else None
+            # The cache may wait for other processes; attempts under way must not, meanwhile.
+            text = await asyncio.to_thread(self._cache.get, key) if self._cache else None
             if text is not None:
                 return Reply(text)
             if call.nobody_there:
@@ -162,7 +163,7 @@ class EndpointChatModel:
             call.count(reply)
         if self._cache is None or reply.failure or reply.text is None:
             return reply
-        return Reply(self._cache.put(key, reply.text))
+        return Reply(await asyncio.to_thread(self._cache.put, key, reply.text))
 
     async def _persist(
         self, content: bytes, jitter: random.Random, client: httpx.AsyncClient

@@ -16,7 +16,7 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
 
     It runs in a thread of its own: the caller's may have an event loop already, as in a notebook.
     A caller that is interrupted (Ctrl-C) cancels `work` and does not wait for it, nor does the end
-    of the process.
+    of the process: except for a look-up of a host's name that hangs, and for a write to a file.
     """
     loop = asyncio.new_event_loop()
     task = loop.create_task(work)

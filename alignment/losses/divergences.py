@@ -12,8 +12,8 @@ from torch.nn.functional import logsigmoid
 from alignment.losses.inputs import choose
 from alignment.types import UserInputError
 
-# The square of its exp, which IPO takes, is finite in float32.
-_LARGEST_EXPONENT = 40.0
+# The square of their exp, which IPO takes, is finite.
+_LARGEST_EXPONENT = {torch.float32: 40.0, torch.float64: 350.0}
 
 
 def divergence_score(log_ratio: Tensor, *, divergence: str, alpha: float = 0.5) -> Tensor:
@@ -30,8 +30,11 @@ def divergence_score(log_ratio: Tensor, *, divergence: str, alpha: float = 0.5) 
                     trl's `f_alpha_divergence_coef` is 1 - alpha.
 
     Where the policy has made a completion much less likely, 1/t and t^-alpha grow beyond all
-    bounds. They are held at e^40, where their gradient ends: without that, a completion pushed far
-    down would have an infinite loss, or the gradient 0 * inf.
+    bounds. They are held at e^40 (in float64, at e^350), where their gradient ends: without that, a
+    completion pushed far down would have an infinite loss, or the gradient 0 * inf.
+
+    Args:
+        log_ratio: in float32 or float64.
 
     Raises:
         UserInputError: unknown divergence, or alpha not between 0 and 1.
@@ -49,7 +52,7 @@ def _reverse_kl(log_ratio: Tensor, alpha: float) -> Tensor:
 
 
 def _forward_kl(log_ratio: Tensor, alpha: float) -> Tensor:
-    return -torch.expm1((-log_ratio).clamp(max=_LARGEST_EXPONENT))
+    return -torch.expm1((-log_ratio).clamp(max=_LARGEST_EXPONENT[log_ratio.dtype]))
 
 
 def _js(log_ratio: Tensor, alpha: float) -> Tensor:
@@ -57,7 +60,8 @@ def _js(log_ratio: Tensor, alpha: float) -> Tensor:
 
 
 def _alpha(log_ratio: Tensor, alpha: float) -> Tensor:
-    return -torch.expm1((-alpha * log_ratio).clamp(max=_LARGEST_EXPONENT)) / alpha
+    largest = _LARGEST_EXPONENT[log_ratio.dtype]
+    return -torch.expm1((-alpha * log_ratio).clamp(max=largest)) / alpha
 
 
 _SCORES: Mapping[str, Callable[[Tensor, float], Tensor]] = {

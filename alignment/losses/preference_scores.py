@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alignment.losses.divergences import divergence_score
-from alignment.losses.inputs import check_shapes, choose, upcast
+from alignment.losses.inputs import check_shapes, choose
 from alignment.losses.preference_kinds import (
     PREFERENCE_KINDS,
     REFERENCE_FREE_KINDS,
@@ -27,7 +27,7 @@ def preference_score(
     divergence: str = "reverse_kl",
     alpha: float = 0.5,
 ) -> Tensor:
-    """The score that a kind of `preference_loss` ranks a completion by, `[B]`.
+    """The score that a kind of `preference_loss` ranks a completion by, `[B]` in float64.
 
     Sums and lengths are those that the loss is given, so that a score is normalized as in training.
     With t = exp(logps - ref_logps) and f' the `divergence_score`, log t for the reverse KL:
@@ -56,10 +56,10 @@ def preference_score(
     """
     score_of = choose(_SCORES, "preference loss", kind)
     check_shapes(logps.shape[:1], logps=logps, lengths=lengths)
-    logps = upcast(logps)
-    ref_logps = torch.zeros_like(logps) if ref_logps is None else upcast(ref_logps)
+    logps = logps.double()  # f' flattens out, and what it ranks would tie in less
+    ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps.double()
     score = divergence_score(logps - ref_logps, divergence=divergence, alpha=alpha)
-    return score_of(Side(logps, ref_logps, score, upcast(lengths).clamp(min=1)), beta)
+    return score_of(Side(logps, ref_logps, score, lengths.double().clamp(min=1)), beta)
 
 
 def _ratio(side: Side, beta: float) -> Tensor:

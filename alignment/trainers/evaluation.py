@@ -20,6 +20,7 @@ from alignment.config.options import resolve, validate_options
 from alignment.config.schema import Recipe, TaskConfig
 from alignment.distributed import Distributed
 from alignment.modeling.backbone import Backbone
+from alignment.modeling.finite import require_finite
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.load import load_causal_lm, load_tokenizer, tokenizer_hash
 from alignment.modeling.policy import PolicyWithReference
@@ -268,6 +269,7 @@ def _scoring_of_scalar(context: TrainingContext) -> dict[str, Any]:
     def step_scores(stepped: Sequence[SteppedSample]) -> list[list[float]]:
         samples = [one.sample for one in stepped]
         rows = model.values(samples, budget, reads="after")
+        require_finite(rows, model, "a step's value")
         return [
             row[torch.tensor(sample.loss_mask)].tolist()
             for row, sample in zip(rows, samples, strict=True)
@@ -275,6 +277,7 @@ def _scoring_of_scalar(context: TrainingContext) -> dict[str, Any]:
 
     def score_pairs(pairs: PairBatch) -> PairScores:
         scores = model.scores(interleaved(pairs.chosen, pairs.rejected), budget)
+        require_finite(torch.tensor(scores)[:, None].unbind(), model, "a score")
         return scores[::2], scores[1::2]
 
     return {

@@ -181,3 +181,25 @@ def test_only_a_logistic_loss_gives_probabilities(loss: dict[str, Any], logits: 
     assert scores_are_logits(method(**loss)) == logits
     assert not scores_are_logits(SimpleNamespace(loss=UnpairedLossConfig()))
     assert not scores_are_logits(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "divergence"),
+    [(-45.0, -60.0, "forward_kl"), (20.0, 18.0, "forward_kl"), (20.0, 18.0, "js")],
+)
+def test_what_a_divergence_flattens_out_is_ranked_all_the_same(
+    chosen: float, rejected: float, divergence: str
+) -> None:
+    """f' of both is one number in float32."""
+    better, worse = (
+        preference_score(
+            torch.tensor([log_ratio]),
+            torch.zeros(1),
+            torch.tensor([8.0]),
+            kind="sigmoid",
+            beta=0.1,
+            divergence=divergence,
+        )
+        for log_ratio in (chosen, rejected)
+    )
+    assert better > worse

@@ -22,12 +22,14 @@ from alignment.config.schema import Recipe
 from alignment.data.arithmetic_steps import arithmetic_steps
 from alignment.data.text_form import TextForm, read_text_form
 from alignment.distributed import Distributed
+from alignment.modeling.finite import NonFiniteError
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.optimizer import MasterWeightOptimizer
 from alignment.modeling.scalar import load_scalar_model
 from alignment.runs.checkpoint import list_checkpoints
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import EventLog
+from alignment.trainers.evaluation import eval_context
 from alignment.trainers.loop import Loop
 from alignment.trainers.process_reward import ProcessRewardTrainer
 from alignment.trainers.reward import RewardModelTrainer
@@ -207,6 +209,28 @@ def test_normalization_is_that_of_the_model_that_is_saved(
     assert not any("reward_model/score/mean" in record for record in before)
     untrained = load_scalar_model("tiny-random").scores(samples, 4096)
     assert abs(statistics.fmean(untrained) - stated["mean"]) > 0.1 * stated["std"]
+
+
+@pytest.mark.parametrize("method", ["reward_model", "process_reward_model"])
+def test_a_head_that_gives_no_numbers_is_found_by_evaluations(tmp_path: Path, method: str) -> None:
+    context = context_of(method, tmp_path)
+    next(context.scalar_model.parameters()).data.fill_(math.nan)
+    view = eval_context(context)
+    with pytest.raises(NonFiniteError, match="is not finite"):
+        if method == "reward_model":
+            assert view.pair_scores is not None
+            view.pair_scores(context.train.pairs)
+        else:
+            assert view.step_scores is not None
+            view.step_scores(context.train.steps)
+
+
+def test_scores_that_are_no_numbers_are_not_normalized_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScalarModel, "scores", lambda _, samples, __: [math.nan] * len(samples))
+    with pytest.raises(NonFiniteError, match="a score is not finite"):
+        run("reward_model", tmp_path, "eval.tasks=[]")
 
 
 def test_nothing_is_normalized_unless_asked_for(tmp_path: Path) -> None:
