@@ -180,6 +180,9 @@ class LabelledSample:
     desirable: bool
 
 
+STEP_SEPARATOR = "\n"
+"""What stands between two steps of an answer where nothing else is said."""
+
 GOOD_STEP = 0.5
 """A step is good from this label, and judged good from this probability, upwards."""
 

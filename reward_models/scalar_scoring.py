@@ -21,7 +21,7 @@ from alignment.modeling.heads import ScalarModel
 from alignment.modeling.load import load_tokenizer, template_hash, tokenizer_hash
 from alignment.modeling.scalar import SCORE_NORMALIZATION, load_scalar_model
 from alignment.rewards.protocol import Item
-from alignment.types import Outcome, Sample, Score, StopReason, UserInputError
+from alignment.types import STEP_SEPARATOR, Outcome, Sample, Score, StopReason, UserInputError
 
 Show = Callable[[Item], Sample]
 Read = Callable[[Sequence[Sample]], list[float]]
@@ -117,7 +117,7 @@ def load_process_reward_model(
     """
     recorded = read_text_form(Path(resolve(path)))
     reads = _reads(recorded, style, system)
-    step_separator = separator or (recorded and recorded.separator) or "\n"
+    step_separator = separator or (recorded and recorded.separator) or STEP_SEPARATOR
     model, tokenizer = _load(path, dtype)
 
     def read(samples: Sequence[Sample]) -> list[float]:

@@ -13,7 +13,7 @@ from alignment.data.formats import Turns, is_blank_question, steps_of
 from alignment.data.places import WHOLE_SOURCE, Places
 from alignment.data.prompts import Style
 from alignment.data.report import BLANK_PROMPT, PROMPT_TOO_LONG, DataReport, Tally, TooLong
-from alignment.types import Sample, SteppedSample, UserInputError
+from alignment.types import STEP_SEPARATOR, Sample, SteppedSample, UserInputError
 
 BLANK_STEP = "a step is blank"
 NO_WHOLE_STEP = "no step ends within the limit"
@@ -26,7 +26,7 @@ def build_steps(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     *,
-    separator: str = "\n",
+    separator: str = STEP_SEPARATOR,
     max_tokens: int | None = None,
     too_long: TooLong = "truncate",
     system: str | None = None,

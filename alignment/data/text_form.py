@@ -56,6 +56,33 @@ def read_text_form(folder: Path) -> TextForm | None:
     return form
 
 
+def require_text_form(folder: Path, style: FixedStyle, separator: str) -> None:
+    """Refuse data in another form than the one that a model learned to read.
+
+    Args:
+        folder: of the model; where no form is recorded in it, nothing is compared.
+        style: that the data is to be rendered in.
+        separator: that its steps are to be joined by, where it has some.
+
+    Raises:
+        UserInputError: style or separator are not the model's.
+    """
+    form = read_text_form(folder)
+    if form is None:
+        return
+    if form.style != style:
+        raise UserInputError(
+            f"{folder} was trained on data.style: {form.style}, and the recipe gives {style}; set "
+            f"data.style: {form.style}"
+        )
+    if form.separator not in (None, separator):
+        raise UserInputError(
+            f"{folder} was trained on steps with {form.separator!r} between them, and the recipe "
+            f"joins them by {separator!r}; set algorithm.separator in a recipe of type "
+            "process_reward_model"
+        )
+
+
 def fixed_style(style: Style, tokenizer: Tokenizer) -> FixedStyle:
     """What `style` comes to with a tokenizer.
 

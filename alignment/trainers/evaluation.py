@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from alignment.activity import doing
-from alignment.config.methods.base import DataForm
+from alignment.config.methods.base import DataForm, needs_of
 from alignment.config.model import ModelConfig, ReferenceConfig
 from alignment.config.options import resolve, validate_options
 from alignment.config.schema import Recipe, TaskConfig
+from alignment.data.text_form import fixed_style, require_text_form
 from alignment.distributed import Distributed
 from alignment.modeling.backbone import Backbone
+from alignment.modeling.catalog import resolve as resolve_model
 from alignment.modeling.finite import require_finite
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.load import load_causal_lm, load_tokenizer, tokenizer_hash
@@ -39,6 +41,7 @@ from alignment.trainers.preference import interleaved, reference_logprobs
 from alignment.trainers.sampling import sampling_params
 from alignment.trainers.setup import assemble, in_process, load_parts
 from alignment.types import (
+    STEP_SEPARATOR,
     AlignmentError,
     Completion,
     PairBatch,
@@ -352,6 +355,10 @@ def evaluate_model(
         without_critic = recipe.algorithm.model_copy(update={"critic": None})
         recipe = recipe.model_copy(update={"algorithm": without_critic})
     loaded = load_parts(recipe)
+    if needs_of(recipe.algorithm).model == "scalar":
+        separator = getattr(recipe.algorithm, "separator", STEP_SEPARATOR)
+        style = fixed_style(recipe.data.style, loaded.tokenizer)
+        require_text_form(Path(resolve_model(model.path)), style, separator)
     with tempfile.TemporaryDirectory() as cache:
         context = assemble(
             loaded, Distributed(), EventLog(os.devnull), cache=Path(cache), for_training=False

@@ -256,6 +256,27 @@ def test_a_reward_model_is_compared_with_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(
+    ("method", "trained_on", "said"),
+    [
+        ("reward_model", "data.style=plain", "set data.style: plain"),
+        ("process_reward_model", "algorithm.separator=' ## '", "set algorithm.separator"),
+    ],
+)
+def test_a_scalar_model_is_not_shown_what_it_never_read(
+    tmp_path: Path, method: str, trained_on: str, said: str
+) -> None:
+    settings = (f"run.dir={tmp_path}", "run.name=rm", "algorithm.steps=1", "expect=[]")
+    recipe = load_recipe(f"tiny/{method}", [*settings, trained_on])
+    assert isinstance(recipe, Recipe)
+    train(recipe)
+    task = ("--task", recipe.eval.tasks[0].type, "--overwrite")
+    assert align("eval", tmp_path / "rm", *task).exit_code == 0
+    refused = align("eval", tmp_path / "rm", *task, "--recipe", f"tiny/{method}")
+    assert refused.exit_code == 2
+    assert said in " ".join(refused.output.split())
+
+
 def test_a_policy_is_not_evaluated_as_a_reward_model(trained: RunDirectory) -> None:
     recipe = ("--recipe", "tiny/reward_model")
     refused = align("eval", trained.path, "--task", "preference", *recipe)

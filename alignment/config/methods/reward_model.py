@@ -16,6 +16,7 @@ from alignment.config.fields import (
     raise_problems,
 )
 from alignment.config.methods.base import MethodConfig, Needs, passes_or_steps
+from alignment.types import STEP_SEPARATOR
 
 
 class RewardModelConfig(MethodConfig):
@@ -65,7 +66,7 @@ class ProcessRewardModelConfig(MethodConfig):
     """Passes over the data. Give this or `steps`."""
     samples_per_step: PositiveCount = 8
     """Answers of one optimizer update; every labelled step in them weighs the same."""
-    separator: Annotated[str, Field(min_length=1)] = "\n"
+    separator: Annotated[str, Field(min_length=1)] = STEP_SEPARATOR
     """What stands between two steps of an answer: here, and where the model rewards, which is told
     by a note beside it. Rows with a step that holds it are dropped (and counted)."""
 
