@@ -38,6 +38,7 @@ from alignment.types import UserInputError
 # Where this run is kept, what is asked of it, and where its weights are put for a server.
 _OWN_SECTIONS = ("run", "expect", "rollout")
 _POLICY = "model.path"  # its weights are hashed in memory
+_CACHE = "cache"  # the last part of settings that name what a run writes, too
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")
 
 
@@ -67,7 +68,8 @@ def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
     """What the recipe takes from other runs, in the order of its settings.
 
     A setting counts if it is a path with a separator in it, exists, and lies in the folder of a
-    run. So it makes no difference whether a pipeline put it there or a person.
+    run. So it makes no difference whether a pipeline put it there or a person. A `cache` does not
+    count: it is filled while the run goes on, and changes no result.
 
     Raises:
         AlignmentError: what it names cannot be read.
@@ -75,7 +77,7 @@ def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
     found = []
     sections = recipe.model_dump(mode="json", exclude=set(_OWN_SECTIONS))
     for key, value in _texts(sections, ()):
-        place = place_in_a_run(value)
+        place = None if key.endswith(f".{_CACHE}") else place_in_a_run(value)
         if place is None:
             continue
         run, output = place

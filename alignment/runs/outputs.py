@@ -62,7 +62,8 @@ class Contents:
 class Finished:
     """What `finished.json` holds. Runs of an older version noted their steps and no more.
 
-    compared: of a pipeline, the hash of each model in its comparison.
+    compared: of a pipeline, hashes of what its comparison rests on, by what it is; empty where it
+        has none. Earlier versions noted the hash of each stage's model, by the stage's name.
     """
 
     time: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_settings_that_lead_into_runs_are_inputs(tmp_path: Path) -> None:
         "model.chat_template": ("recipe.yaml", contents(parent.recipe).hash),
     }
     assert {record.run for record in find_parents(recipe)} == {str(parent.path)}
+
+
+def test_a_cache_of_replies_is_no_input(tmp_path: Path) -> None:
+    """It changes while the run goes on that shares it."""
+    parent = finish(begin(sft(tmp_path, "one")), "1")
+    cache = parent.path / "judge.sqlite"
+    cache.write_text("a reply")
+    server = f"base_url: 'http://a/v1', model: m, cache: '{cache}'"
+    reward = f"rewards=[{{type: judge, {server}}}]"
+    assert find_parents(sft(tmp_path, "two", reward)) == ()
+    judge = f"algorithm.judge={{kind: endpoint, {server}}}"
+    text = ["algorithm.verdict=text", "algorithm.require_consistent=true"]
+    recipe = load_recipe("tiny/ai_feedback", [judge, *text])
+    assert isinstance(recipe, Recipe)
+    assert find_parents(recipe) == ()
 
 
 def test_names_and_other_folders_are_no_inputs(
@@ -303,11 +319,13 @@ class Stages:
         self.models: list[ModelConfig] = []
         self.weights: dict[str, str] = {}
         self.hangs = False
+        self.error: Exception | None = None
+        self.references: list[ModelConfig | None] = []
         monkeypatch.setattr(pipeline_module, "train", self.train)
         monkeypatch.setattr(pipeline_module, "evaluate_model", self.evaluate)
         monkeypatch.setattr(pipeline_module, "write_report", lambda directory: None)
         monkeypatch.setattr(pipeline_module, "check_expectations", lambda directory: None)
-        tables = SimpleNamespace(get=lambda *_: lambda *_: "a table")
+        tables = SimpleNamespace(get=lambda *_: self.tables)
         monkeypatch.setattr(pipeline_module, "registry", tables)
         monkeypatch.setattr(pipeline_module, "gc", SimpleNamespace(collect=lambda: None))
 
@@ -324,9 +342,24 @@ class Stages:
     ) -> dict[str, Any]:
         if self.hangs:
             time.sleep(60)
+        if self.error is not None:
+            raise self.error
         self.models.append(model)
+        self.references.append(reference)
         self.compared.append((model.path, reference and reference.path))
-        return {"held_out_loss": SimpleNamespace(metrics={"loss": 1.0})}
+        loss = float(len(self.compared))
+        return {task.name or task.type: SimpleNamespace(metrics={"loss": loss}) for task in tasks}
+
+    @staticmethod
+    def tables(results: dict[str, Any], folder: Path, task: str, _: Any) -> str:
+        (folder / "evals").mkdir(exist_ok=True)
+        first = folder / "comparison.json"
+        (folder / f"comparison-{task}.json" if first.exists() else first).write_text(task)
+        for name, result in results.items():
+            for suffix in ("json", "jsonl"):
+                text = str(result.metrics["loss"])
+                (folder / "evals" / f"{name}-{task}.{suffix}").write_text(text)
+        return f"a table of {task}"
 
 
 @pytest.fixture
@@ -490,14 +523,25 @@ def test_a_stage_offers_what_it_made(tmp_path: Path) -> None:
 ALL = ["first", "aside", "last"]
 
 
+def evals(run: RunDirectory) -> list[str]:
+    return sorted(path.name for path in run.evals_dir.iterdir())
+
+
+def left(run: RunDirectory) -> dict[str, str]:
+    """What the comparison wrote, and that it is complete."""
+    paths = [run.metrics, run.path / "finished.json", *run.path.glob("comparison*")]
+    return {path.name: path.read_text() for path in (*paths, *run.evals_dir.iterdir())}
+
+
 def test_another_comparison_is_made_and_trains_nothing(
     tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_pipeline(pipeline(tmp_path))
     before = run.recipe.read_text()
-    (run.evals_dir).mkdir()
-    for name in ("first-held_out_loss.json", "first-held_out_loss.jsonl", "mine-step-000003.json"):
+    mine = ["last-mine.json", "mine-step-000003.json", "mine.json"]
+    for name in mine:
         (run.evals_dir / name).write_text("{}")
+    (run.path / "comparison-mine.json").write_text("{}")
     stages.compared.clear()
     capsys.readouterr()
     other = pipeline(tmp_path, "compare: {", "compare: {seed: 5, models: [last], ")
@@ -506,18 +550,147 @@ def test_another_comparison_is_made_and_trains_nothing(
     assert (stages.trained, len(stages.compared)) == (ALL, 1)
     assert run.recipe.read_text() == dump_recipe(other)
     assert (run.path / "recipe-1.yaml").read_text() == before
-    assert [path.name for path in run.evals_dir.iterdir()] == ["mine-step-000003.json"]
+    assert evals(run) == sorted(["last-held_out_loss.json", "last-held_out_loss.jsonl", *mine])
+    assert (run.path / "comparison-mine.json").read_text() == "{}"
     run_pipeline(other)
     assert (stages.trained, len(stages.compared)) == (ALL, 1)
     assert len(list(run.path.glob("recipe-*.yaml"))) == 1
 
 
-def test_a_comparison_that_is_taken_out_leaves_nothing(tmp_path: Path, stages: Stages) -> None:
+def test_a_comparison_of_fewer_tasks_leaves_none_of_the_others(
+    tmp_path: Path, stages: Stages
+) -> None:
+    tasks = "[{type: held_out_loss}"
+    two = pipeline(tmp_path, tasks, f"{tasks}, {{type: held_out_loss, name: again}}")
+    run = run_pipeline(two)
+    assert (run.path / "comparison-again.json").is_file() and len(evals(run)) == 16
+    run_pipeline(pipeline(tmp_path))
+    assert not (run.path / "comparison-again.json").exists() and len(evals(run)) == 8
+    assert (run.path / "comparison.txt").read_text() == "a table of held_out_loss\n"
+
+
+def test_a_comparison_stands_until_another_can_take_its_place(
+    tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    before = left(run)
+    other = pipeline(tmp_path, "compare: {", "compare: {seed: 5, ")
+    stages.error = AlignmentError("out of memory")
+    with pytest.raises(AlignmentError, match="out of memory"):
+        run_pipeline(other)
+    assert left(run) == before
+    stages.error = None
+
+    def refuses(*_: Any) -> str:
+        raise UserInputError("no scored problem in common")
+
+    tables = SimpleNamespace(get=lambda *_: refuses)
+    ours = pipeline_module.registry
+    monkeypatch.setattr(pipeline_module, "registry", tables)
+    with pytest.raises(UserInputError, match="no scored problem"):
+        run_pipeline(other)
+    assert left(run) == before
+    assert list(run.path.glob(".tmp-*")) == []
+    monkeypatch.setattr(pipeline_module, "registry", ours)
+    run_pipeline(other)
+    assert left(run)["metrics.jsonl"] != before["metrics.jsonl"]
+
+
+def test_a_comparison_that_is_taken_out_leaves_nothing(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = run_pipeline(pipeline(tmp_path))
     assert (run.path / "comparison.txt").is_file() and run.metrics.read_text()
+    without = pipeline(tmp_path, "compare: {tasks: [{type: held_out_loss}]}", "")
+    removed = "the recipe compares nothing now: the comparison is removed\n"
+    run_pipeline(without)
+    assert removed in capsys.readouterr().out
+    assert not list(run.path.glob("comparison*")) and evals(run) == []
+    assert run.metrics.read_text() == ""
+    run_pipeline(without)
+    assert removed not in capsys.readouterr().out
+    stages.compared.clear()
+    run_pipeline(pipeline(tmp_path))  # the first recipe again, whose comparison is gone
+    assert (stages.trained, len(stages.compared)) == (ALL, 4)
+
+
+def of_an_earlier_version(run: RunDirectory, *, hashes: bool) -> None:
+    """Make its record one that has the models' hashes, or nothing."""
+    path = run.path / "finished.json"
+    record = json.loads(path.read_text())
+    models = {name: run.path / "stages" / name / "model" for name in ALL}
+    record["compared"] = {"base": None} | {name: contents(at).hash for name, at in models.items()}
+    if not hashes:
+        del record["compared"]
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_the_comparison_of_an_earlier_version_is_taken_as_it_is(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str], hashes: bool
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    of_an_earlier_version(run, hashes=hashes)
+    stages.compared.clear()
+    run_pipeline(pipeline(tmp_path))
+    assert (stages.trained, stages.compared) == (ALL, [])
+    assert (
+        "an earlier version made the comparison; it is taken as it is\n" in capsys.readouterr().out
+    )
+    run_pipeline(pipeline(tmp_path))
+    assert "an earlier version" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_the_comparison_of_an_earlier_version_is_replaced_by_another(
+    tmp_path: Path, stages: Stages, hashes: bool
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    of_an_earlier_version(run, hashes=hashes)
+    stages.compared.clear()
+    other = pipeline(tmp_path, "compare: {", "compare: {seed: 5, ")
+    stages.error = AlignmentError("out of memory")
+    with pytest.raises(AlignmentError):
+        run_pipeline(other)  # the new recipe is the run's now
+    stages.error = None
+    run_pipeline(other)
+    assert (stages.trained, len(stages.compared)) == (ALL, 4)
+    of_an_earlier_version(run, hashes=hashes)
     run_pipeline(pipeline(tmp_path, "compare: {tasks: [{type: held_out_loss}]}", ""))
-    assert not (run.path / "comparison.txt").exists() and run.metrics.read_text() == ""
-    assert stages.trained == ALL
+    assert evals(run) == []
+
+
+def test_the_comparison_of_an_earlier_version_is_of_the_models_it_notes(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_pipeline(pipeline(tmp_path))
+    of_an_earlier_version(run, hashes=True)
+    change(run.path / "stages" / "last" / "model" / "model.safetensors", "9")
+    stages.compared.clear()
+    run_pipeline(pipeline(tmp_path))
+    assert (stages.trained, len(stages.compared)) == (ALL, 4)
+    assert "comparing again; not as before: a model, or compare\n" in capsys.readouterr().out
+
+
+def test_the_reference_is_loaded_as_the_stage_that_starts_from_it_does(
+    tmp_path: Path, stages: Stages
+) -> None:
+    first = "{name: first, recipe: tiny/sft"
+    pinned = f"{first}, set: {{model.path: org/base, model.revision: abc}}"
+    text = PIPELINE.format(folder=tmp_path).replace(first, pinned)
+    recipe = parse_recipe(text.replace("compare: {", "compare: {reference: org/base, "))
+    assert isinstance(recipe, PipelineRecipe)
+    run = run_pipeline(recipe)
+    loaded = [(one.path, one.revision) for one in stages.references if one is not None]
+    assert loaded == [("org/base", "abc")] * 4
+    stages.references.clear()
+    made = 'compare: {reference: "${stages.aside.model}", '
+    recipe = parse_recipe(text.replace("compare: {", made))
+    assert isinstance(recipe, PipelineRecipe)
+    run_pipeline(recipe)
+    assert {(one.path, one.revision) for one in stages.references if one is not None} == {
+        (str(run.path / "stages" / "aside" / "model"), None)
+    }
 
 
 def test_other_expectations_neither_train_nor_compare(tmp_path: Path, stages: Stages) -> None:
