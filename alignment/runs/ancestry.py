@@ -193,9 +193,9 @@ def _find(path: Path, parent: ParentRecord) -> tuple[Path, str | None]:
     """
     recorded = Path(parent.run)
     if recorded.is_dir():
-        return recorded, output_hash(recorded, parent.output)
+        return recorded, output_hash(recorded, parent.output, parent.files)
     beside = path.parent / recorded.name
-    current = output_hash(beside, parent.output) if beside.is_dir() else None
+    current = output_hash(beside, parent.output, parent.files) if beside.is_dir() else None
     return (beside, current) if current == parent.hash else (recorded, None)
 
 

@@ -6,6 +6,9 @@ of another run:
     "inputs": [{"key": "model.path", "run": "runs/x/stages/sft", "output": "model",
                 "hash": SHA-256 of the output when the run started}]
 
+Of what the other run does not list among its outputs, the files are noted too, as below, so that
+they are read again only where they were touched.
+
 What lies in no run is the user's own. The policy's model, the data and the like are hashed as they
 were loaded; of further models, the files are:
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from alignment.runs.outputs import (
     Encoding,
     FileStamp,
     contents,
+    output_contents,
     output_hash,
     output_paths,
     read_finished,
@@ -39,6 +43,7 @@ from alignment.types import UserInputError
 _OWN_SECTIONS = ("run", "expect", "rollout")
 _POLICY = "model.path"  # its weights are hashed in memory
 _CACHE = "cache"  # the last part of settings that name what a run writes, too
+_NOTED_BY_ITS_RUN = ("model", "data", "run")
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")
 
 
@@ -51,6 +56,7 @@ class ParentRecord:
     output:   "model", "data", "run" for the whole folder, or the path of anything else in it.
     hash:     of the output, as it was found.
     encoding: how the other run turned text into tokens; None where that is not recorded.
+    files:    the files that the hash is of, by name, where the other run notes none of them.
     """
 
     key: str
@@ -58,10 +64,13 @@ class ParentRecord:
     output: str
     hash: str
     encoding: Encoding | None = None
+    files: Mapping[str, FileStamp] = field(default_factory=dict)
 
-    def as_input(self) -> dict[str, str]:
+    def as_input(self) -> dict[str, Any]:
         """The entry of `run.json`."""
-        return {"key": self.key, "run": self.run, "output": self.output, "hash": self.hash}
+        entry = {"key": self.key, "run": self.run, "output": self.output, "hash": self.hash}
+        files = {name: asdict(stamp) for name, stamp in self.files.items()}
+        return {**entry, "files": files} if files else entry
 
 
 def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
@@ -69,23 +78,34 @@ def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
 
     A setting counts if it is a path with a separator in it, exists, and lies in the folder of a
     run. So it makes no difference whether a pipeline put it there or a person. A `cache` does not
-    count: it is filled while the run goes on, and changes no result.
+    count: it is filled while the run goes on, and changes no result. Files that are as the run of
+    the recipe noted them at its start are not read again.
 
     Raises:
         AlignmentError: what it names cannot be read.
     """
     found = []
+    known = _noted_files(Path(recipe.run.dir) / recipe.run.name)
     sections = recipe.model_dump(mode="json", exclude=set(_OWN_SECTIONS))
     for key, value in _texts(sections, ()):
         place = None if key.endswith(f".{_CACHE}") else place_in_a_run(value)
         if place is None:
             continue
         run, output = place
-        value_hash = output_hash(run, output)
-        if value_hash is not None:
+        value = output_contents(run, output, known.get((str(run), output), {}))
+        if value is not None:
             encoding = None if _exchanges_text(sections, key) else encoding_of(run)
-            found.append(ParentRecord(key, str(run), output, value_hash, encoding))
+            files = {} if output in _NOTED_BY_ITS_RUN else value.files
+            found.append(ParentRecord(key, str(run), output, value.hash, encoding, files))
     return tuple(found)
+
+
+def _noted_files(run: Path) -> dict[tuple[str, str], Mapping[str, FileStamp]]:
+    """(run, output) -> stamps, of the inputs that a run recorded; none where there is no run."""
+    if not (run / "run.json").is_file():
+        return {}
+    recorded = recorded_inputs(RunDirectory(run).read_info())
+    return {(parent.run, parent.output): parent.files for parent in recorded or ()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +189,14 @@ def recorded_inputs(info: Mapping[str, Any]) -> tuple[ParentRecord, ...] | None:
     """The inputs listed in a `run.json`; None where it is of a version that listed none."""
     if "inputs" not in info:
         return None
-    return tuple(ParentRecord(**entry) for entry in info["inputs"])
+    return tuple(
+        ParentRecord(**{**entry, "files": _stamps(entry.get("files", {}))})
+        for entry in info["inputs"]
+    )
+
+
+def _stamps(files: Mapping[str, Mapping[str, Any]]) -> dict[str, FileStamp]:
+    return {name: FileStamp(**stamp) for name, stamp in files.items()}
 
 
 def refuse_changed_inputs(run: Path, name: str) -> bool:
@@ -190,7 +217,7 @@ def refuse_changed_inputs(run: Path, name: str) -> bool:
     recorded = recorded_inputs(RunDirectory(run).read_info())
     changes = []
     for parent in recorded or ():
-        now = output_hash(Path(parent.run), parent.output)
+        now = output_hash(Path(parent.run), parent.output, parent.files)
         if now not in (None, parent.hash):
             changes.append(
                 f"{parent.key} is the {parent.output} of {parent.run}, which was "
@@ -242,7 +269,7 @@ def _changed_models(recipe: Recipe, info: Mapping[str, Any]) -> Iterator[str]:
     """The further models that are not as a `run.json` has them. Earlier versions listed none."""
     keys = {key for key, _ in _texts(recipe.model_dump(mode="json"), ())}
     for model in info.get("models", ()):
-        before = {name: FileStamp(**stamp) for name, stamp in model["files"].items()}
+        before = _stamps(model["files"])
         folder = Path(model["path"])
         if model["key"] not in keys or not folder.is_dir():
             continue

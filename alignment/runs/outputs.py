@@ -158,23 +158,34 @@ def read_finished(run: Path) -> Finished | None:
         ) from error
 
 
-def output_hash(run: Path, output: str) -> str | None:
+def output_hash(
+    run: Path, output: str, known: Mapping[str, FileStamp] = _NOTHING_KNOWN
+) -> str | None:
     """The hash of what is there now of a run's output, None if there is nothing.
 
     Args:
         output: "model", "data", the path of anything else in the run's folder relative to that, or
             "run" for the whole of a finished run: the hash of its `finished.json`, which is written
             once.
+        known: stamps as of `contents`, of an output that the run's `finished.json` has none of.
 
     Raises:
         AlignmentError: it cannot be read.
     """
+    found = output_contents(run, output, known)
+    return None if found is None else found.hash
+
+
+def output_contents(
+    run: Path, output: str, known: Mapping[str, FileStamp] = _NOTHING_KNOWN
+) -> Contents | None:
+    """As `output_hash`, with the stamps of the files."""
     path = {**output_paths(run), "run": run / FINISHED}.get(output, run / output)
     if not path.exists():
         return None
     finished = read_finished(run)
     made = finished.outputs.get(output) if finished is not None else None
-    return contents(path, made.files if made is not None else _NOTHING_KNOWN).hash
+    return contents(path, known if made is None else made.files)
 
 
 def short_hash(value: str | None) -> str:

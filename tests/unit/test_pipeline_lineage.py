@@ -16,7 +16,8 @@ from forked import in_child
 from alignment.config import PipelineRecipe, Recipe, dump_recipe, load_recipe
 from alignment.config.load import parse_recipe
 from alignment.config.model import ModelConfig
-from alignment.runs import lineage
+from alignment.runs import lineage, outputs
+from alignment.runs.ancestry import trace
 from alignment.runs.directory import RunDirectory
 from alignment.runs.events import read_events
 from alignment.runs.inputs import (
@@ -196,6 +197,38 @@ def test_another_file_of_a_run_is_an_input_by_what_is_in_it(tmp_path: Path) -> N
     change(template, "{{ other }}")
     with pytest.raises(UserInputError, match=r"is the notes/t\.jinja of .*, which was [0-9a-f]{8}"):
         refuse_changed_inputs(child.path, "stage 'two'")
+
+
+def test_a_model_elsewhere_in_a_run_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the one that `align export` writes, of which its run notes nothing."""
+    reads: list[str] = []
+    original = outputs.file_hash
+
+    def hashed(path: Path) -> str:
+        reads.append(path.name)
+        return original(path)
+
+    parent = finish(begin(sft(tmp_path, "one")), "1")
+    export = parent.path / "export"
+    export.mkdir()
+    (export / "model.safetensors").write_text("merged")
+    monkeypatch.setattr(outputs, "file_hash", hashed)
+    recipe = sft(tmp_path, "two", f"model.path={export}")
+    child = begin(recipe)
+    assert reads == ["model.safetensors"]
+    (entry,) = child.read_info()["inputs"]
+    assert (entry["output"], entry["hash"]) == ("export", contents(export).hash)
+    reads.clear()
+    assert refuse_changed_inputs(child.path, "stage 'two'")
+    assert [one.hash for one in find_parents(recipe)] == [entry["hash"]]
+    (link,) = trace(child.path).nodes[str(child.path)].parents
+    assert (link.state, reads) == ("unchanged", [])
+    change(export / "model.safetensors", "merged again")
+    with pytest.raises(UserInputError, match="is the export of"):
+        refuse_changed_inputs(child.path, "stage 'two'")
+    assert find_parents(recipe)[0].hash == contents(export).hash != entry["hash"]
 
 
 # -- compatibility ----------------------------------------------------------------------------
