@@ -156,11 +156,12 @@ def compare_in_run(
     `evals/MODEL-TASK.json`; registered as report "comparison".
 
     Args:
-        roles: model name -> what it is to the reference, which becomes the label `reference`.
+        roles: model name -> what it is to the reference, which becomes the label `reference`; of
+            one that has no role, `other`.
     """
     for name, result in results.items():
-        role = {"reference": roles[name]} if name in roles else {}
-        labelled = replace(result, labels={**result.labels, **role})
+        labels = {**result.labels, "reference": roles.get(name, "other")}
+        labelled = replace(result, labels=labels)
         labelled.save(run_dir / "evals" / f"{name}-{task}.json")
     comparison = compare(results)
     first = run_dir / "comparison.json"

@@ -2,7 +2,8 @@
 
 Per model the comparison's result of task `reward_kl`; per stage that started from the reference
 the way it took there, from its own evaluations or else from its training metrics; and best-of-n
-from the reference. What a model is to the reference is in the results' labels.
+from the reference. What a model is to the reference is in the results' labels; results of earlier
+versions have none, and there the reference is the model that is as good as no distance from it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from evals.reward_kl_task import BEST_OF, TASK, deviation_of
 from evals.rundata import EvalSummary, RunData, lookup, number, read_run
 
 MAX_TRAINING_POINTS = 20
+REFERENCE_KL = 0.05
+"""Where results have no labels, a model within so many nats per completion of the reference is the
+reference: its own KL is 0, up to what two scorings of the same weights differ by."""
 BEST_OF_N = "best of n"
 
 Kind = Literal["model", "best_of", "evaluation", "training"]
@@ -66,6 +70,7 @@ class Frontier:
         rewards where none was named.
     reference: the compared model that is the reference, if one is.
     ancestors: the compared models that the reference was made from.
+    labelled: whether the results say what is the reference; else it was told by its divergence.
     deviation: standard deviation of gold and proxy over the reference's completions, by metric.
     """
 
@@ -74,6 +79,7 @@ class Frontier:
     proxy: str | None
     reference: str | None
     ancestors: tuple[str, ...]
+    labelled: bool
     deviation: Mapping[str, float]
     points: tuple[FrontierPoint, ...]
 
@@ -107,7 +113,9 @@ def _model_of(stem: str, models: Sequence[str]) -> str | None:
 def _frontier(task: str, found: Mapping[str, EvalSummary], run: RunData) -> Frontier:
     labels = next(iter(found.values())).labels
     gold, proxy = labels.get("gold", "reward"), labels.get("proxy")
-    parts = {name: one.labels.get("reference") for name, one in found.items()}
+    labelled = any("reference" in one.labels for one in found.values())
+    stages = [name for name, _ in run.stages]
+    parts = _labels(found) if labelled else _by_divergence(found, stages)
     reference = next((name for name, part in parts.items() if part == "itself"), None)
     ancestors = tuple(name for name, part in parts.items() if part == "ancestor")
     points = [_model_point(name, "model", one, gold, proxy) for name, one in found.items()]
@@ -122,7 +130,28 @@ def _frontier(task: str, found: Mapping[str, EvalSummary], run: RunData) -> Fron
         for metric in (gold, proxy)
         if metric is not None and spreads.get(deviation_of(metric), 0.0) > 0
     }
-    return Frontier(task, gold, proxy, reference, ancestors, deviation, tuple(points))
+    return Frontier(task, gold, proxy, reference, ancestors, labelled, deviation, tuple(points))
+
+
+def _labels(found: Mapping[str, EvalSummary]) -> dict[str, str | None]:
+    """model -> what it is to the reference."""
+    return {name: one.labels.get("reference") for name, one in found.items()}
+
+
+def _by_divergence(
+    found: Mapping[str, EvalSummary], stages: Sequence[str]
+) -> dict[str, str | None]:
+    """As `_labels`, guessed: the nearest model is the reference if it is near enough, stages after
+    it started from it, and what the pipeline had before is an ancestor."""
+    distances = {name: abs(one.metrics["kl"]) for name, one in found.items()}
+    nearest = min(distances, key=distances.__getitem__)
+    if distances[nearest] > REFERENCE_KL:
+        return dict.fromkeys(found, "start")
+    place = {name: index for index, name in enumerate(stages)}  # what is no stage was there before
+    at = place.get(nearest, -1)
+    before = {name: place.get(name, -1) < at for name in found}
+    parts = {name: "ancestor" if before[name] else "start" for name in found}
+    return {**parts, nearest: "itself"}
 
 
 def _span(one: EvalSummary, metric: str | None) -> Span | None:

@@ -128,12 +128,21 @@ def _interval(span: Span, decimals: int = 3) -> str:
 
 
 def _notes(frontier: Frontier) -> tuple[str, ...]:
-    if frontier.reference is not None:
-        return ()
-    return (
-        "None of the compared models is the reference itself, so best-of-n, which starts from it, "
-        "has no place here. Compare the reference too.",
-    )
+    notes = []
+    if frontier.reference is None:
+        notes.append(
+            "None of the compared models is the reference itself, so best-of-n, which starts from "
+            "it, has no place here. Compare the reference too."
+        )
+    if not frontier.labelled:
+        name = frontier.reference
+        taken = f"; {name}, at no distance from it, is taken for it" if name else ""
+        notes.append(
+            "An earlier version of the toolkit made this comparison, and did not note which model "
+            f"the reference is{taken}. To have it noted, delete finished.json in the pipeline's "
+            "folder (not in its stages) and give the pipeline's command again, which only compares."
+        )
+    return tuple(notes)
 
 
 def _models(frontier: Frontier) -> list[str]:

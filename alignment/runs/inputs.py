@@ -92,11 +92,11 @@ def find_parents(recipe: Recipe) -> tuple[ParentRecord, ...]:
         if place is None:
             continue
         run, output = place
-        value = output_contents(run, output, known.get((str(run), output), {}))
-        if value is not None:
+        made = output_contents(run, output, known.get((str(run), output), {}))
+        if made is not None:
             encoding = None if _exchanges_text(sections, key) else encoding_of(run)
-            files = {} if output in _NOTED_BY_ITS_RUN else value.files
-            found.append(ParentRecord(key, str(run), output, value.hash, encoding, files))
+            files = {} if output in _NOTED_BY_ITS_RUN else made.files
+            found.append(ParentRecord(key, str(run), output, made.hash, encoding, files))
     return tuple(found)
 
 

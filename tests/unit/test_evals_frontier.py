@@ -312,6 +312,50 @@ def test_the_reference_is_the_one_that_the_pipeline_names(tmp_path: Path) -> Non
     assert {one.method for one in frontier.of_kind("training")} == {"ppo"}
 
 
+def without_labels(path: Path) -> None:
+    """Make the results of a comparison such as earlier versions wrote."""
+    for file in (path / "evals").glob("*.json"):
+        summary = json.loads(file.read_text())
+        del summary["labels"]["reference"]
+        file.write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize("order", [tuple(ROLES), ("ppo", "base", "dpo", "sft")])
+def test_results_of_earlier_versions_tell_the_reference_by_its_divergence(
+    tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    path = make_pipeline(tmp_path, order=order)
+    (labelled,) = read_frontiers(read_run(path))
+    assert frontier_view(labelled).notes == ()
+    without_labels(path)
+    (frontier,) = read_frontiers(read_run(path))
+    assert (frontier.reference, frontier.ancestors) == ("sft", ("base",))
+    assert frontier.points == labelled.points
+    (note,) = frontier_view(frontier).notes
+    assert "sft, at no distance from it, is taken for it" in note and "finished.json" in note
+
+
+def test_results_of_earlier_versions_without_the_reference_keep_the_ways_of_training(
+    tmp_path: Path,
+) -> None:
+    path = make_pipeline(tmp_path, order=("base", "dpo", "ppo"))
+    without_labels(path)
+    (frontier,) = read_frontiers(read_run(path))
+    assert (frontier.reference, frontier.ancestors) == (None, ())
+    assert {one.method for one in frontier.of_kind("training")} == {"ppo"}
+    notes = frontier_view(frontier).notes
+    assert len(notes) == 2 and "which model the reference is. To have it noted" in notes[1]
+
+
+def test_models_without_a_role_are_told_from_results_without_labels(tmp_path: Path) -> None:
+    """One that stayed near a reference from elsewhere is not taken for it."""
+    (tmp_path / "evals").mkdir()
+    compare_in_run({"ppo": evaluate(0.1, 0.0, 5)}, tmp_path, "reward_kl", {})
+    (frontier,) = read_frontiers(read_run(tmp_path))
+    assert abs(frontier.of_kind("model")[0].kl.value) < 0.05
+    assert frontier.reference is None and frontier.labelled
+
+
 @pytest.mark.parametrize("order", [("dpo", "ppo", "base", "sft"), ("ppo", "base", "dpo", "sft")])
 def test_models_are_drawn_wherever_the_reference_is_listed(
     tmp_path: Path, order: tuple[str, ...]
