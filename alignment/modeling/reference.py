@@ -112,42 +112,13 @@ class AdapterOff:
                     yield self._backbone
 
 
-class FrozenCopy:
-    """A copy of the whole policy, in any dtype and on any device."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        frozen = copy.deepcopy(model).requires_grad_(False).eval()
-        self.model = (frozen if dtype is None else cast_parameters(frozen, dtype)).to(device=device)
-        self.shards: Shards = Whole()
-        self._stays = device is not None
-        self._backbone = Backbone(self.model)
-
-    def shard(self, policys: Shards, make: MakeShards) -> None:
-        if not self._stays:
-            self.shards = make(self.model, self.model)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        return self.shards.gathered()
-
-    @contextmanager
-    def backbone(self) -> Iterator[Backbone]:
-        with torch.no_grad():
-            yield self._backbone
-
-
 class OtherModel:
     """A model of its own, which nobody else uses, so that no copy of it is taken.
 
     It is not shared out over processes: only finished models are compared with another one.
 
     Args:
-        backbone: of the model, whose layout is settled.
+        backbone: of the model.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -166,6 +137,26 @@ class OtherModel:
             yield self._backbone
 
 
+class FrozenCopy(OtherModel):
+    """A copy of the whole policy, in any dtype and on any device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = (frozen if dtype is None else cast_parameters(frozen, dtype)).to(device=device)
+        super().__init__(Backbone(self.model))
+        self._stays = device is not None
+
+    def shard(self, policys: Shards, make: MakeShards) -> None:
+        if not self._stays:
+            self.shards = make(self.model, self.model)
+
+
 class Fixed:
     """A reference that stays where it is: nothing happens after a step, and nothing is saved.
 
@@ -174,7 +165,7 @@ class Fixed:
         point: gives the `Backbone` to score with.
     """
 
-    def __init__(self, mode: str, point: AdapterOff | FrozenCopy | OtherModel) -> None:
+    def __init__(self, mode: str, point: AdapterOff | OtherModel) -> None:
         self._mode = mode
         self._point = point
         self.shards = point.shards
