@@ -151,10 +151,6 @@ def _create(pipeline: PipelineRecipe, command: Sequence[str]) -> None:
         recipe=recipe_yaml,
         command=command,
         seed=pipeline.run.seed,
-        model_hash=None,
-        tokenizer_hash=None,
-        template_hash=None,
-        data_hash=None,
     )
     RunDirectory.create(pipeline.run.dir, pipeline.run.name, recipe_yaml=recipe_yaml, info=info)
 

@@ -62,10 +62,6 @@ def take_up_recipe(
         recipe=text,
         command=command,
         seed=recipe.run.seed,
-        model_hash=None,
-        tokenizer_hash=None,
-        template_hash=None,
-        data_hash=None,
     )
     root = directory.path.parent
     RunDirectory.create(root, directory.name, recipe_yaml=text, info=info, resume=True)

@@ -29,4 +29,4 @@ if __name__ == "__main__":
     try:
         preference_runs.run("dpo", Path(sys.argv[1]), *SETTINGS)
     except AlignmentError as error:
-        print(f"failed: {error}")  # noqa: T201
+        sys.stdout.write(f"failed: {error}\n")
