@@ -113,9 +113,10 @@ class TaskContext(Protocol):
 class Task(Protocol):
     """An evaluation: a context in, a result out; the model is left as it was.
 
-    A task may have a method `check_needs(*, rewards, held_out, reference)`, which a pipeline asks
-    before its stages run: the names of the rewards that it will have, the number of held-out rows,
-    and whether there will be a reference. It raises UserInputError where `run` would for that.
+    A task may have a method `check_needs(*, rewards, held_out, reference, ranks_alone)`, which a
+    pipeline asks before its stages run: the names of the rewards that it will have, the number of
+    held-out rows, whether there will be a reference, and whether the policies rank completions
+    without one. It raises UserInputError where `run` would for that.
     """
 
     def run(self, context: TaskContext) -> EvalResult: ...

@@ -62,12 +62,8 @@ class PreferenceTask:
         scores and lengths.
         """
         pairs = self._pairs(context)
-        if context.pair_scores is None:
-            raise UserInputError(
-                f"task '{TASK}' needs a model that scores pairs: a reward model, or a policy with "
-                "a reference to compare with, unless it learned by a loss without one (simpo, cpo, "
-                "orpo); give align eval a --reference MODEL, or the recipe a model.reference"
-            )
+        _require_scores(context.pair_scores is not None)
+        assert context.pair_scores is not None
         chosen, rejected = context.pair_scores(pairs)
         if not len(chosen) == len(rejected) == len(pairs):
             raise AlignmentError(
@@ -81,17 +77,39 @@ class PreferenceTask:
             metrics, intervals = metrics | found[0], intervals | found[1]
         return EvalResult(TASK, records, metrics, intervals)
 
+    def check_needs(
+        self, *, rewards: Sequence[str], held_out: int, reference: bool, ranks_alone: bool
+    ) -> None:
+        """See `evals.context.Task`."""
+        if not held_out:
+            raise UserInputError(_NO_PAIRS)
+        _require_scores(reference or ranks_alone)
+
     def _pairs(self, context: TaskContext) -> PairBatch:
         pairs = context.pairs
         if pairs is None or len(pairs) == 0:
             raise nothing_held_out(
                 context,
                 "pairs",
-                f"task '{TASK}' has no held-out preference pairs; give the run's data pairs and a "
-                "held-out part",
+                _NO_PAIRS,
             )
         n = self.pairs
         return PairBatch(pairs.chosen[:n], pairs.rejected[:n], pairs.margins[:n])
+
+
+_NO_PAIRS = (
+    f"task '{TASK}' has no held-out preference pairs; give the run's data pairs and a held-out part"
+)
+
+
+def _require_scores(there_are_some: bool) -> None:
+    if not there_are_some:
+        raise UserInputError(
+            f"task '{TASK}' needs a model that scores pairs: a reward model, or a policy with "
+            "a reference to compare with, unless it learned by a loss without one (simpo, cpo, "
+            "orpo); give align eval a --reference MODEL, the recipe a model.reference, or a "
+            "pipeline a compare.reference"
+        )
 
 
 def preference(pairs: int | None = None) -> PreferenceTask:

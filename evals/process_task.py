@@ -19,11 +19,20 @@ from evals.summary import Intervals, Metrics
 TASK = "process"
 
 
+_NO_SCORES = f"task '{TASK}' needs a model that scores steps; evaluate a process reward model"
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessTask:
     """Score the steps of held-out solutions."""
 
     samples: int | None
+
+    def check_needs(
+        self, *, rewards: Sequence[str], held_out: int, reference: bool, ranks_alone: bool
+    ) -> None:
+        """See `evals.context.Task`: a pipeline compares policies, which score no steps."""
+        raise UserInputError(_NO_SCORES)
 
     def run(self, context: TaskContext) -> EvalResult:
         """Steps judged right, ranking of steps, and where the first error is found.
@@ -52,9 +61,7 @@ without a bad step |
                 "steps and a held-out part",
             )
         if context.step_scores is None:
-            raise UserInputError(
-                f"task '{TASK}' needs a model that scores steps; evaluate a process reward model"
-            )
+            raise UserInputError(_NO_SCORES)
         logits = context.step_scores(samples)
         _check(samples, logits)
         metrics, intervals = _summarize(samples, logits)

@@ -91,7 +91,9 @@ them; mean over prompts. Falls with `samples` |
         named = {label: PART + name for label, name in labels.items() if name is not None}
         return EvalResult(TASK, records, metrics, intervals, named)
 
-    def check_needs(self, *, rewards: Sequence[str], held_out: int, reference: bool) -> None:
+    def check_needs(
+        self, *, rewards: Sequence[str], held_out: int, reference: bool, ranks_alone: bool
+    ) -> None:
         """See `evals.context.Task`."""
         require_prompts(TASK, held_out)
         _require_reference(reference)

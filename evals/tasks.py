@@ -51,7 +51,9 @@ class VerifiableTask:
         metrics, intervals = summarize_graded(records, self.ks)
         return EvalResult("verifiable", records, metrics, intervals)
 
-    def check_needs(self, *, rewards: Sequence[str], held_out: int, reference: bool) -> None:
+    def check_needs(
+        self, *, rewards: Sequence[str], held_out: int, reference: bool, ranks_alone: bool
+    ) -> None:
         """See `evals.context.Task`."""
         require_prompts("verifiable", held_out)
         require_rewards("verifiable", rewards)
@@ -110,11 +112,24 @@ def verifiable(
     return VerifiableTask(samples, tuple(ks), temperature, max_new_tokens, prompts)
 
 
+_NO_SAMPLES = (
+    "task 'held_out_loss' has no held-out samples with completion tokens to predict; give the "
+    "run's data a held-out part"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class HeldOutLossTask:
     """Loss, perplexity and token accuracy on the held-out supervised samples."""
 
     limit: int | None
+
+    def check_needs(
+        self, *, rewards: Sequence[str], held_out: int, reference: bool, ranks_alone: bool
+    ) -> None:
+        """See `evals.context.Task`."""
+        if not held_out:
+            raise UserInputError(_NO_SAMPLES)
 
     def run(self, context: TaskContext) -> EvalResult:
         """Global means over the tokens that `loss_mask` counts, in nats per token.
@@ -127,8 +142,7 @@ class HeldOutLossTask:
             raise nothing_held_out(
                 context,
                 "samples",
-                "task 'held_out_loss' has no held-out samples with completion tokens to predict; "
-                "give the run's data a held-out part",
+                _NO_SAMPLES,
             )
         scores = context.score(samples)
         rows = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic_core import InitErrorDetails
 
 from alignment.config.fields import Path, problem
-from alignment.config.methods.base import needs_of
+from alignment.config.methods.base import compares_with_reference, needs_of
 from alignment.config.options import resolve
 from alignment.config.plugins import PluginSection
 
@@ -40,7 +40,7 @@ def cautions(recipe: Recipe) -> list[str]:
     ):
         found.append("rewards: every weight is 0, so there is nothing to learn from")
     mode = recipe.model.reference.mode
-    if mode != "none" and not getattr(recipe.algorithm, "uses_reference", True):
+    if mode != "none" and not compares_with_reference(recipe.algorithm):
         found.append(
             f"model.reference: the loss looks at no reference, so {mode} is never scored; use none"
         )
@@ -195,7 +195,7 @@ def _evaluation_has_a_reference(recipe: Recipe) -> Problems:
     if needs_of(recipe.algorithm).model != "policy":
         return
     mode = recipe.model.reference.mode
-    ranks_alone = getattr(recipe.algorithm, "uses_reference", True) is False
+    ranks_alone = not compares_with_reference(recipe.algorithm)
     for index, task in enumerate(recipe.eval.tasks):
         found = ""
         if task.type == "preference" and ranks_alone:

@@ -11,7 +11,7 @@ from pydantic_core import InitErrorDetails
 
 from alignment.config.errors import nearest
 from alignment.config.fields import Count, Path, Section, problem, raise_problems
-from alignment.config.methods.base import needs_of
+from alignment.config.methods.base import compares_with_reference, needs_of
 from alignment.config.options import build
 from alignment.config.schema import Expectation, Name, Recipe, RunConfig, TaskConfig
 from alignment.types import UserInputError
@@ -175,6 +175,7 @@ def _task_problems(compare: CompareConfig, recipe: Recipe) -> Iterator[InitError
                 rewards=[reward.name or reward.type for reward in recipe.rewards],
                 held_out=recipe.data.held_out,
                 reference=compare.reference is not None,
+                ranks_alone=not compares_with_reference(recipe.algorithm),
             )
         except UserInputError as error:
             yield problem(

@@ -38,8 +38,8 @@ _REMEDIES = {
     Failure.GARBAGE: "check that the address is that of an OpenAI-compatible API (often .../v1)",
     Failure.CUT_OFF: "allow more new tokens",
     Failure.UNPARSEABLE: "use a model that follows the asked form, or compare log-probabilities",
-    Failure.NOT_FINITE: "compute in a wider number format (judge.dtype: float32), or use a model "
-    "whose weights are sound",
+    Failure.NOT_FINITE: "compute in a wider number format (algorithm.judge.dtype: float32), or use "
+    "a model whose weights are sound",
 }
 
 

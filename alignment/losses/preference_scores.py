@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from alignment.losses.divergences import divergence_score
@@ -19,7 +18,7 @@ from alignment.losses.preference_kinds import (
 
 def preference_score(
     logps: Tensor,
-    ref_logps: Tensor | None,
+    ref_logps: Tensor,
     lengths: Tensor,
     *,
     kind: str,
@@ -43,7 +42,7 @@ def preference_score(
 
     Args:
         logps: `[B]`, log p(completion | prompt) under the policy, in nats.
-        ref_logps: `[B]` under the reference; may be None for simpo, cpo, orpo.
+        ref_logps: `[B]` under the reference; 0 for simpo, cpo, orpo, which have none.
         lengths: `[B]` tokens behind each sum.
         kind: a name in `PREFERENCE_KINDS`.
         beta: as in `preference_loss`.
@@ -55,9 +54,9 @@ def preference_score(
         AlignmentError: tensors that are not all `[B]`.
     """
     score_of = choose(_SCORES, "preference loss", kind)
-    check_shapes(logps.shape[:1], logps=logps, lengths=lengths)
+    check_shapes(logps.shape[:1], logps=logps, ref_logps=ref_logps, lengths=lengths)
     logps = logps.double()  # f' flattens out, and what it ranks would tie in less
-    ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps.double()
+    ref_logps = ref_logps.double()
     score = divergence_score(logps - ref_logps, divergence=divergence, alpha=alpha)
     return score_of(Side(logps, ref_logps, score, lengths.double().clamp(min=1)), beta)
 

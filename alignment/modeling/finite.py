@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -42,7 +43,7 @@ def explained(model: nn.Module, where: str) -> Iterator[None]:
 
 
 def require_finite(rows: Sequence[Tensor], model: nn.Module, what: str) -> None:
-    """Refuse log-probabilities that are not finite.
+    """Refuse numbers of tokens (log-probabilities, values) that are not finite.
 
     Args:
         rows: `[completion length]` each.
@@ -60,6 +61,20 @@ def require_finite(rows: Sequence[Tensor], model: nn.Module, what: str) -> None:
         f"scoring: {what} is not finite, first at token {token} of completion {row} of "
         f"{len(rows)}; {_cause(model)}"
     )
+
+
+def require_finite_scores(scores: Sequence[float], model: nn.Module) -> None:
+    """Refuse scores of completions that are not finite, as `require_finite` does tokens' numbers.
+
+    Raises:
+        NonFiniteError: naming the first completion, and the likely cause.
+    """
+    row = next((i for i, score in enumerate(scores) if not math.isfinite(score)), None)
+    if row is not None:
+        raise NonFiniteError(
+            f"scoring: a score is not finite, first of completion {row} of {len(scores)}; "
+            f"{_cause(model)}"
+        )
 
 
 def _cause(model: nn.Module) -> str:

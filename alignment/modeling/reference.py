@@ -113,9 +113,7 @@ class AdapterOff:
 
 
 class OtherModel:
-    """A model of its own, which nobody else uses, so that no copy of it is taken.
-
-    It is not shared out over processes: only finished models are compared with another one.
+    """A model of its own, which nobody else uses.
 
     Args:
         backbone: of the model.
@@ -126,7 +124,7 @@ class OtherModel:
         self._backbone = backbone
 
     def shard(self, policys: Shards, make: MakeShards) -> None:
-        pass
+        """Nothing: only a finished model is compared with another one."""
 
     def gathered(self) -> AbstractContextManager[None]:
         return self.shards.gathered()

@@ -65,7 +65,8 @@ def roles(
     if reference is None:
         return {}
     nearest_first = sorted(models, key=lambda name: models[name] != reference)
-    same = [name for name in nearest_first if _identity(models[name]) == _identity(reference)]
+    own = _identity(reference)
+    same = [name for name in nearest_first if _identity(models[name]) == own]
     path = models[same[0]] if same else reference
     found: dict[str, Role] = {
         name: "start" for name in models if name in recipes and recipes[name].model.path == path

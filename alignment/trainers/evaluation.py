@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alignment.activity import doing
-from alignment.config.methods.base import DataForm, needs_of
+from alignment.config.methods.base import DataForm, compares_with_reference, needs_of
 from alignment.config.model import ModelConfig, ReferenceConfig
 from alignment.config.options import resolve, validate_options
 from alignment.config.schema import Recipe, TaskConfig
@@ -22,7 +22,7 @@ from alignment.data.text_form import fixed_style, require_text_form
 from alignment.distributed import Distributed
 from alignment.modeling.backbone import Backbone
 from alignment.modeling.catalog import resolve as resolve_model
-from alignment.modeling.finite import require_finite
+from alignment.modeling.finite import require_finite, require_finite_scores
 from alignment.modeling.heads import ScalarModel
 from alignment.modeling.load import load_causal_lm, load_tokenizer, tokenizer_hash
 from alignment.modeling.policy import PolicyWithReference
@@ -31,11 +31,7 @@ from alignment.modeling.scorer import choose_layout
 from alignment.rollout.engine import RolloutEngine
 from alignment.runs.events import EventLog
 from alignment.trainers.context import TrainingContext
-from alignment.trainers.pair_scores import (
-    compares_with_reference,
-    pair_scores,
-    scores_are_logits,
-)
+from alignment.trainers.pair_scores import pair_scores, scores_are_logits
 from alignment.trainers.precomputed import precomputed_logprobs
 from alignment.trainers.preference import interleaved, reference_logprobs
 from alignment.trainers.sampling import sampling_params
@@ -280,7 +276,7 @@ def _scoring_of_scalar(context: TrainingContext) -> dict[str, Any]:
 
     def score_pairs(pairs: PairBatch) -> PairScores:
         scores = model.scores(interleaved(pairs.chosen, pairs.rejected), budget)
-        require_finite(torch.tensor(scores)[:, None].unbind(), model, "a score")
+        require_finite_scores(scores, model)
         return scores[::2], scores[1::2]
 
     return {

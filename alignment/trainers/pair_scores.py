@@ -15,12 +15,6 @@ from alignment.trainers.preference import PairSums
 from alignment.types import Sample
 
 
-def compares_with_reference(algorithm: Any) -> bool:
-    """Whether a method's policy ranks completions by comparing with a reference; one that says
-    nothing of it has no other way."""
-    return bool(getattr(algorithm, "uses_reference", True))
-
-
 def scores_are_logits(algorithm: Any) -> bool:
     """Whether sigmoid(chosen - rejected) of the scores is a probability that the method's loss
     fits; of a weighted sum, that all its kinds fit."""

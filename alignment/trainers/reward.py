@@ -18,7 +18,7 @@ from torch import Tensor
 from alignment.config.methods.reward_model import RewardModelConfig
 from alignment.data.text_form import TEXT_FORM, TextForm, fixed_style
 from alignment.losses import bradley_terry_loss
-from alignment.modeling.finite import require_finite
+from alignment.modeling.finite import require_finite_scores
 from alignment.modeling.scalar import SCORE_NORMALIZATION
 from alignment.modeling.scorer import Values
 from alignment.runs.files import write_atomic
@@ -113,7 +113,7 @@ class RewardModelTrainer:
         rows = [i * len(self.pairs) // n_pairs for i in range(n_pairs)]
         samples = self._sides(self.distributed.share(rows))
         scores = self.model.scores(samples, self.token_budget)
-        require_finite(torch.tensor(scores)[:, None].unbind(), self.model, "a score")
+        require_finite_scores(scores, self.model)
         self.scores = RunningMoments()
         self.scores.update(torch.tensor(scores, dtype=torch.float64), self.distributed.sum)
         if self.distributed.is_main:

@@ -312,7 +312,9 @@ def test_a_model_of_rewards_may_be_anything_but_a_start(with_makers: Path) -> No
 class Choosy:
     """A task that wants a reward called `best`, from four rows and a reference."""
 
-    def check_needs(self, *, rewards: list[str], held_out: int, reference: bool) -> None:
+    def check_needs(
+        self, *, rewards: list[str], held_out: int, reference: bool, ranks_alone: bool
+    ) -> None:
         if (rewards, held_out, reference) != (["best"], 4, True):
             raise UserInputError(f"wants more than {rewards}, {held_out}, {reference}")
 

@@ -13,6 +13,7 @@ import torch
 from preference_runs import made_up_pairs, parts_of, recipe_of, run
 from tiny_runs import events_of, metrics_of, steps_of
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from alignment import losses
 from alignment.config import cautions, dump_recipe, parse_recipe
@@ -305,6 +306,24 @@ def test_what_else_the_model_computes_with_is_in_the_name(tmp_path: Path) -> Non
     config["rope_parameters"]["rope_theta"] = 500.0
     (other / "config.json").write_text(json.dumps(config))
     assert name(plain) == name(copy) != name(other)
+
+
+def test_weights_and_tokenizer_are_in_the_name(tmp_path: Path) -> None:
+    """One at a time: the tokens of the data stay as they are."""
+
+    def name(model: Path) -> str:
+        settings = ("model.reference=precomputed", f"model.path={model}")
+        context = parts_of("dpo", tmp_path, *settings)
+        samples = interleaved(context.train.pairs.chosen, context.train.pairs.rejected)
+        return precomputed.cache_file(context, samples).name
+
+    plain = build_tiny(tmp_path / "plain", seed=1)
+    weights = build_tiny(tmp_path / "weights", seed=2)
+    tokenizer = build_tiny(tmp_path / "tokenizer", seed=1)
+    other = AutoTokenizer.from_pretrained(tokenizer)
+    other.pad_token = other.decode([5])
+    other.save_pretrained(tokenizer)
+    assert len({name(model) for model in (plain, weights, tokenizer)}) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, cache: Path) -> None:

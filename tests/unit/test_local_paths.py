@@ -4,6 +4,7 @@ refuses in the same words."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -12,8 +13,10 @@ from alignment.cli import app
 from alignment.config import PipelineRecipe, load_recipe
 from alignment.trainers.local_paths import check_pipeline_paths
 from alignment.types import UserInputError
+from evals.preference_task import preference
+from evals.process_task import process
 from evals.reward_kl_task import reward_kl
-from evals.tasks import verifiable
+from evals.tasks import held_out_loss, verifiable
 
 
 def align(*arguments: str) -> Result:
@@ -135,10 +138,27 @@ def test_what_a_finished_stage_started_from_may_be_gone(tmp_path: Path) -> None:
 
 def test_a_task_that_grades_needs_prompts_and_rewards() -> None:
     for task in (verifiable(), reward_kl()):
-        task.check_needs(rewards=["a"], held_out=1, reference=True)
+        task.check_needs(rewards=["a"], held_out=1, reference=True, ranks_alone=False)
         with pytest.raises(UserInputError, match="grades completions, and there are no rewards"):
-            task.check_needs(rewards=[], held_out=1, reference=True)
+            task.check_needs(rewards=[], held_out=1, reference=True, ranks_alone=False)
         with pytest.raises(UserInputError, match="has no held-out prompts"):
-            task.check_needs(rewards=["a"], held_out=0, reference=True)
+            task.check_needs(rewards=["a"], held_out=0, reference=True, ranks_alone=False)
     with pytest.raises(UserInputError, match="best_of needs select_by where there are several"):
-        reward_kl(best_of=[2]).check_needs(rewards=["a", "b"], held_out=1, reference=True)
+        reward_kl(best_of=[2]).check_needs(
+            rewards=["a", "b"], held_out=1, reference=True, ranks_alone=False
+        )
+
+
+def test_tasks_say_before_the_stages_run_what_they_would_lack() -> None:
+    there: dict[str, Any] = {"rewards": [], "held_out": 1, "reference": True, "ranks_alone": False}
+    preference().check_needs(**there)
+    preference().check_needs(**there | {"reference": False, "ranks_alone": True})
+    held_out_loss().check_needs(**there)
+    with pytest.raises(UserInputError, match=r"a pipeline a compare\.reference"):
+        preference().check_needs(**there | {"reference": False})
+    with pytest.raises(UserInputError, match="no held-out preference pairs"):
+        preference().check_needs(**there | {"held_out": 0})
+    with pytest.raises(UserInputError, match="no held-out samples"):
+        held_out_loss().check_needs(**there | {"held_out": 0})
+    with pytest.raises(UserInputError, match="needs a model that scores steps"):
+        process().check_needs(**there)

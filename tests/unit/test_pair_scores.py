@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignment.config.methods.base import compares_with_reference
 from alignment.config.methods.kto import UnpairedLossConfig
 from alignment.config.methods.preference import PreferenceLossConfig
 from alignment.losses import (
@@ -20,11 +21,7 @@ from alignment.losses import (
     preference_loss,
     preference_score,
 )
-from alignment.trainers.pair_scores import (
-    compares_with_reference,
-    pair_scores,
-    scores_are_logits,
-)
+from alignment.trainers.pair_scores import pair_scores, scores_are_logits
 from alignment.types import Sample, UserInputError
 
 BETA = 0.3

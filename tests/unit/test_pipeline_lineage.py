@@ -21,6 +21,7 @@ from alignment.runs.inputs import (
     refuse_changed_inputs,
 )
 from alignment.runs.outputs import Encoding, contents
+from alignment.trainers.run import train
 from alignment.types import UserInputError
 
 
@@ -269,6 +270,19 @@ def test_rows_of_another_tokenizer_can_be_copied_out_of_their_run(tmp_path: Path
     copy = tmp_path / "pairs.jsonl"
     copy.write_bytes(parent.data.read_bytes())
     check_compatible(own, inputs(copy))
+
+
+def test_a_run_does_not_start_from_a_model_of_another_template(tmp_path: Path) -> None:
+    """In a run, where nothing was pretended."""
+    short = ("algorithm={type: sft, steps: 1, samples_per_step: 2}", "expect=[]", "eval.tasks=[]")
+    first = train(sft(tmp_path, "one", *short))
+    template = tmp_path / "other.jinja"
+    own = (first.model_dir / "chat_template.jinja").read_text()
+    template.write_text("{# another #}" + own)
+    settings = (*short, f"model.path={first.model_dir}", f"model.chat_template={template}")
+    with pytest.raises(UserInputError, match="another chat template"):
+        train(sft(tmp_path, "two", *settings))
+    assert not (tmp_path / "two").exists()
 
 
 def test_an_encoding_is_read_from_the_end_of_a_run_or_from_its_start(tmp_path: Path) -> None:

@@ -73,3 +73,9 @@ def passes_or_steps(what: str, steps: int | None, epochs: float | None, per_step
     if steps is None:
         return [f"{batch}; {epochs:g} passes over the data"]
     return [f"{batch}; {many(steps, 'step')} = {many(steps * per_step, what)}"]
+
+
+def compares_with_reference(algorithm: Any) -> bool:
+    """Whether a method's policy ranks completions by comparing with a reference; one that says
+    nothing of it has no other way."""
+    return bool(getattr(algorithm, "uses_reference", True))
