@@ -29,20 +29,23 @@ def describe(config: Recipe | PipelineRecipe) -> str:
     if isinstance(config, pipeline_type):
         return _describe_pipeline(config)
     recipe = cast("Recipe", config)
+    return _described(recipe, lazy("alignment.trainers.local_paths:check_local_paths")(recipe))
+
+
+def _described(recipe: Recipe, missing: list[str]) -> str:
     counts = lazy("alignment.config:describe_counts")(recipe)
-    cautions = lazy("alignment.config:cautions")(recipe)
-    cautions += lazy("alignment.trainers.local_paths:check_local_paths")(recipe)
+    cautions = [*lazy("alignment.config:cautions")(recipe), *missing]
     rows = [*_parts(recipe), *(("counts", line) for line in counts)]
     rows += [("caution", line) for line in cautions]
     return f"{recipe.run.name}: the recipe is valid\n{table(rows)}"
 
 
 def _describe_pipeline(pipeline: PipelineRecipe) -> str:
-    lazy("alignment.trainers.local_paths:check_pipeline_paths")(pipeline)
+    missing = lazy("alignment.trainers.local_paths:check_pipeline_paths")(pipeline)
     load_stage = lazy("alignment.config:load_stage")
     recipes = {stage.name: load_stage(pipeline, stage.name) for stage in pipeline.stages}
     title = f"{pipeline.run.name}: a valid pipeline of {len(recipes)} stages"
-    parts = [title, *map(describe, recipes.values())]
+    parts = [title, *(_described(recipe, missing[name]) for name, recipe in recipes.items())]
     if pipeline.compare is not None:
         parts.append(_comparison(pipeline, recipes))
     return "\n\n".join(parts)

@@ -40,29 +40,35 @@ def check_local_paths(recipe: Recipe) -> list[str]:
     return [f"{problem}; run the recipe that makes it first" for _, problem in missing]
 
 
-def check_pipeline_paths(pipeline: PipelineRecipe) -> None:
+def check_pipeline_paths(pipeline: PipelineRecipe) -> dict[str, list[str]]:
     """As `check_local_paths` for each stage that is not finished, and the same for the comparison,
     which may name nothing that is not there: better known before the first stage has run.
+
+    Returns:
+        stage -> cautions.
 
     Raises:
         UserInputError: a file or folder is not there, with the stage and the key that name it.
     """
+    cautions: dict[str, list[str]] = {}
     for stage in pipeline.stages:
         recipe = load_stage(pipeline, stage.name)
+        cautions[stage.name] = []
         if (Path(recipe.run.dir) / recipe.run.name / FINISHED).is_file():
             continue  # it stands without what it started from
         try:
-            check_local_paths(recipe)
+            cautions[stage.name] = check_local_paths(recipe)
         except UserInputError as error:
             raise UserInputError(f"stage {stage.name!r}: {error}") from error
     reference = None if pipeline.compare is None else pipeline.compare.reference
     if reference is None or "${stages." in reference:
-        return
+        return cautions
     try:
         local_directory(reference)
     except UserInputError as error:
         hint = 'the model of a stage is "${stages.NAME.model}"'
         raise UserInputError(f"compare.reference: {error}; {hint}") from error
+    return cautions
 
 
 def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:

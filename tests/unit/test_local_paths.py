@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from alignment.cli import app
+from alignment.cli.check import describe
 from alignment.config import PipelineRecipe, load_recipe
 from alignment.trainers.local_paths import check_pipeline_paths
 from alignment.types import UserInputError
@@ -134,6 +135,7 @@ def test_what_a_finished_stage_started_from_may_be_gone(tmp_path: Path) -> None:
     stage.mkdir(parents=True)
     (stage / "finished.json").write_text("{}")
     check_pipeline_paths(pipeline)
+    assert "a valid pipeline of" in describe(pipeline)
 
 
 def test_a_task_that_grades_needs_prompts_and_rewards() -> None:
